@@ -1,0 +1,1 @@
+"""What runs inside the cage. Imports only wire and the standard library."""

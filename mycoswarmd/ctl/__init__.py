@@ -1,0 +1,1 @@
+"""mycoswarmctl: a client of the API socket."""

@@ -1,0 +1,1 @@
+"""The process shell: settings, wiring, supervision, reload."""

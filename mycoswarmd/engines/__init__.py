@@ -1,0 +1,1 @@
+"""What turns a prompt into tokens: a managed llama.cpp, Ollama, OpenAI-compatible servers."""

@@ -1,0 +1,1 @@
+"""Ring 1. What happens to a prompt and to a task: orchestration over ports."""

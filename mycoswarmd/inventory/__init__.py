@@ -1,0 +1,1 @@
+"""What this machine is: host, GPU. The only importer of psutil and pynvml."""

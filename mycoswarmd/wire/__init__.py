@@ -1,0 +1,1 @@
+"""Ring 1. Bytes to types and back, bounded and pure."""
