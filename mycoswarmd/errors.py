@@ -50,9 +50,7 @@ class Denied(MycoswarmError):
     http_status = 403
     exit_code = 3
 
-    def __init__(
-        self, code: str, message: str, *, hint: str = "", rule: str = "", where: str = ""
-    ) -> None:
+    def __init__(self, code: str, message: str, *, hint: str = "", rule: str = "", where: str = "") -> None:
         super().__init__(code, message, hint=hint)
         self.rule = rule
         self.where = where

@@ -23,7 +23,13 @@ class TaskState(StrEnum):
 
 
 FINAL = frozenset(
-    {TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED, TaskState.EXPIRED, TaskState.PARKED}
+    {
+        TaskState.SUCCEEDED,
+        TaskState.FAILED,
+        TaskState.CANCELLED,
+        TaskState.EXPIRED,
+        TaskState.PARKED,
+    }
 )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-
 class PromptKind(StrEnum):
     """What is asked of an engine."""
 
