@@ -17,6 +17,7 @@ class MycoswarmError(Exception):
         hint: what the reader can do, or "".
         http_status: the status this error has on the HTTP interfaces.
         exit_code: what mycoswarmctl exits with (design section 7).
+        receipt: the id of the receipt of the decision or outcome, where there is one.
     """
 
     http_status = 500
@@ -28,6 +29,7 @@ class MycoswarmError(Exception):
         self.code = code
         self.message = message
         self.hint = hint
+        self.receipt = ""
 
     def __str__(self) -> str:
         return f"{self.message} ({self.code})" + (f"; {self.hint}" if self.hint else "")

@@ -1,6 +1,6 @@
 """What flow needs of the outside, as protocols. Only daemon/wiring.py names the classes behind them."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,8 +74,9 @@ class Engine(Protocol):
     """Turns a prompt into tokens. Every method that sends a prompt takes the Permit for it.
 
     Implementations call `permit.covers(zone=..., dest=..., model=...)` before the first byte and raise
-    errors.LocalProtocolError if it does not. They raise NotFound("model-not-found"), Unavailable("engine-down" or
-    "engine-busy"), EngineError("engine-failed"), BadRequest("context-too-long" or "bad-request").
+    errors.LocalProtocolError if it does not. They raise NotFound("model-not-found"),
+    Unavailable("engine-down" or "engine-busy"), EngineError("engine-failed"),
+    BadRequest("context-too-long" or "bad-request").
     """
 
     @property
@@ -95,7 +96,7 @@ class Engine(Protocol):
         """Start, watch, probe and restart the engine until cancelled."""
         ...
 
-    def stream(self, permit: Permit, prompt: Prompt) -> AsyncIterator[Delta]:
+    def stream(self, permit: Permit, prompt: Prompt) -> AsyncGenerator[Delta, None]:
         """Yield the answer piece by piece; closing the iterator stops the engine's work.
 
         Ends with Finish and then Usage, always.
@@ -144,8 +145,8 @@ class TaskStore(Protocol):
     ) -> tuple[Task, bool]:
         """Store a task and return it and True; with a known idempotency key, the earlier one and False.
 
-        Raises Unavailable("queue-full") at max_open tasks that are not final, Conflict("idempotency-mismatch")
-        when the key is known with another spec.
+        Raises Unavailable("queue-full") at max_open tasks that are not final and
+        Conflict("idempotency-mismatch") when the key is known with another spec.
         """
         ...
 

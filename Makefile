@@ -1,0 +1,48 @@
+# Everything a person types. Each target installs what it needs first.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-dev
+RUNTIME_STAMP := $(VENV)/.installed
+# Programs of the distribution that the node and its tests start.
+RUN_PACKAGES := bubblewrap python3 python3-venv
+TEST_PACKAGES := $(RUN_PACKAGES) git strace iproute2 util-linux gcc libc6-dev pandoc man-db
+PARALLEL ?= 2
+
+.PHONY: help demo test lint bench man clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(RUNTIME_STAMP)  ## run the main job for real: node, policy, model, caged task, receipts
+	@packaging/demo
+
+test: $(STAMP)  ## run linters, types, import contracts and all tests
+	@$(BIN)/pytest -n $(PARALLEL) --dist loadgroup $(ARGS)
+
+bench: $(STAMP)  ## measure beside peers and print a table
+	@tests/bench/run
+
+man:  ## build the manual pages into build/man
+	@packaging/install-packages pandoc
+	@mkdir -p build/man
+	@for page in docs/man/*.md; do pandoc -s -t man "$$page" -o "build/man/$$(basename "$$page" .md)"; done
+
+$(RUNTIME_STAMP): pyproject.toml packaging/install-packages
+	@packaging/install-packages $(RUN_PACKAGES)
+	@echo "installing the node into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --progress-bar on --editable .
+	@touch $@
+
+$(STAMP): pyproject.toml packaging/install-packages
+	@packaging/install-packages $(TEST_PACKAGES)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/pip install --quiet --editable . --group dev
+	@touch $@ $(RUNTIME_STAMP)
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,54 @@
+"""One call on the HTTP interface: who, what, with which body; and how answers are written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import Response
+
+from mycoswarmd.api.services import Services
+from mycoswarmd.core.types import Principal
+from mycoswarmd.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a handler gets. `untrusted_body` is bounded by the route's row."""
+
+    request: BaseRequest
+    principal: Principal
+    services: Services
+    path: Mapping[str, str]
+    untrusted_body: bytes
+
+    def json(self) -> dict[str, object]:
+        """Parse the body as a JSON object; an empty body is an empty object."""
+        if not self.untrusted_body:
+            return {}
+        try:
+            value = json.loads(self.untrusted_body)
+        except (ValueError, RecursionError) as exc:
+            raise BadRequest("bad-json", "cannot read the request: the body is not JSON") from exc
+        if not isinstance(value, dict):
+            raise BadRequest("bad-json", "cannot read the request: the body is not a JSON object")
+        return value
+
+    def number(self, name: str, default: int, *, low: int, high: int) -> int:
+        """Return a whole number from the query string, in its range."""
+        text = self.request.query.get(name)
+        if text is None:
+            return default
+        if not text.isascii() or not text.isdigit() or not low <= int(text[:18]) <= high:
+            raise BadRequest(
+                "bad-request",
+                f"cannot use {name}={text[:40]!r}: it must be a number from {low} to {high}",
+                where=name,
+            )
+        return int(text)
+
+
+def json_answer(value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with a JSON document."""
+    body = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    return Response(body=body, status=status, content_type="application/json", headers=headers)

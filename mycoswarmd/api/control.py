@@ -1,0 +1,405 @@
+"""The control interface under /api: what mycoswarmctl does. Local callers only."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+
+from aiohttp.web_response import Response, StreamResponse
+
+from mycoswarmd.api.call import Call, json_answer
+from mycoswarmd.core.policy.evaluate import Permit, evaluate
+from mycoswarmd.core.policy.explain import explain as explain_request
+from mycoswarmd.core.policy.request import parse_request
+from mycoswarmd.core.tasks import FINAL, Event, Task, TaskSpec, TaskState
+from mycoswarmd.core.types import Action, Request, TaskId
+from mycoswarmd.errors import BadRequest, Denied
+from mycoswarmd.flow.approve import parse_principal
+from mycoswarmd.flow.ports import ApprovalRow, KeyRow
+from mycoswarmd.flow.prompt import Speaker
+from mycoswarmd.wire.jsonv import get_bool, get_int, get_str
+from mycoswarmd.wire.prompt import Prompt, PromptKind
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PAGE = 500
+# How long a follower's connection may be silent before it is told that the task still lives.
+_SILENT_S = 10.0
+_TAR = "application/x-tar"
+
+
+async def status(call: Call) -> StreamResponse:
+    """Report the node."""
+    return json_answer(await call.services.machine.status())
+
+
+async def doctor(call: Call) -> StreamResponse:
+    """Report what is missing or weak."""
+    return json_answer({"checks": await call.services.machine.doctor()})
+
+
+async def models(call: Call) -> StreamResponse:
+    """Report every model with all that is known of it."""
+    rows = [
+        {
+            "name": info.name,
+            "engine": info.engine,
+            "zone": info.zone.value,
+            "dest": info.dest,
+            "context_tokens": info.context_tokens,
+            "kinds": sorted(kind.value for kind in info.kinds),
+            "native_tools": info.native_tools,
+            "loaded": info.loaded,
+            "size_bytes": info.size_bytes,
+        }
+        for info in call.services.prompts.models()
+    ]
+    return json_answer({"models": rows})
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+
+async def put_blob(call: Call) -> StreamResponse:
+    """Store a workspace under its hash, for someone who may post some task."""
+    claimed = call.path["sha256"]
+    actual = hashlib.sha256(call.untrusted_body).hexdigest()
+    if not _SHA256.fullmatch(claimed) or claimed != actual:
+        raise BadRequest("wrong-hash", "cannot store this: the body does not have the hash in the path")
+    policy = call.services.policy.policy
+    requests = [
+        Request(action=Action.TASK, principal=call.principal, agent=agent)
+        for agent in (policy.agents if policy is not None else ())
+    ]
+    if not requests or all(isinstance(evaluate(policy, request), Denied) for request in requests):
+        raise Denied("policy-denied", "cannot store a workspace for someone who may post no task")
+    return json_answer({"sha256": await call.services.blobs.put(call.untrusted_body)})
+
+
+async def submit(call: Call) -> StreamResponse:
+    """Accept a task; it is durable when this answers."""
+    body = call.json()
+    policy = call.services.policy.policy
+    label = get_str(body, "label", where="body", default="", max_len=64)
+    deadline_s = get_int(body, "deadline_s", where="body", default=0, low=0, high=30 * 86_400)
+    now_ms = call.services.clock.now_ms()
+    spec = TaskSpec(
+        prompt=get_str(body, "prompt", where="body", max_len=1 << 20),
+        agent=get_str(body, "agent", where="body", max_len=64),
+        label=label or (policy.labels.default if policy is not None else ""),
+        submitter=call.principal,
+        model=get_str(body, "model", where="body", default="", max_len=200) or None,
+        priority=get_int(body, "priority", where="body", default=5, low=0, high=9),
+        deadline_at_ms=now_ms + deadline_s * 1000 if deadline_s else None,
+        workspace=_hash_or_none(get_str(body, "workspace", where="body", default="", max_len=64)),
+        repeatable=get_bool(body, "repeatable", where="body", default=True),
+        idempotency_key=get_str(body, "idempotency_key", where="body", default="", max_len=200) or None,
+    )
+    if not spec.prompt.strip():
+        raise BadRequest("bad-request", "cannot take a task without a prompt", where="prompt")
+    if label and policy is not None and label not in policy.labels.order:
+        raise BadRequest(
+            "unknown-label",
+            f"cannot use label {label!r}: the policy does not have it",
+            where="label",
+            hint=f"labels: {', '.join(policy.labels.order)}",
+        )
+    task, is_new = await call.services.tasks.submit(call.principal, spec)
+    return json_answer({"task": await _task_row(call, task)}, status=202 if is_new else 200)
+
+
+async def tasks(call: Call) -> StreamResponse:
+    """List tasks: all for those who administer the node, their own for others."""
+    state = call.request.query.get("state")
+    if state is not None and state not in TaskState.__members__.values():
+        raise BadRequest(
+            "bad-request",
+            "cannot list tasks: no such state",
+            where="state",
+            hint=", ".join(state.value for state in TaskState),
+        )
+    limit = call.number("limit", 100, low=1, high=1000)
+    submitter = None if _administers(call) else call.principal.describe()
+    states = frozenset({TaskState(state)}) if state else None
+    rows = await call.services.task_store.list(states=states, limit=limit, submitter=submitter)
+    return json_answer({"tasks": [_summary_row(task) for task in rows]})
+
+
+async def task(call: Call) -> StreamResponse:
+    """Show one task with its open questions."""
+    found = await call.services.task_store.get(TaskId(call.path["id"]))
+    open_rows = await call.services.approvals.pending(task_id=found.id)
+    return json_answer(
+        {"task": await _task_row(call, found), "approvals": [_approval_row(row) for row in open_rows]}
+    )
+
+
+async def events(call: Call) -> StreamResponse:
+    """Return a task's transcript as lines of JSON; with follow=1, until the task has ended."""
+    task_id = TaskId(call.path["id"])
+    after = call.number("after", 0, low=0, high=1 << 53)
+    follow = call.number("follow", 0, low=0, high=1) == 1
+    response = StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache"})
+    await response.prepare(call.request)
+    while True:
+        # The state is read before the events, so that the last event is not missed.
+        found = await call.services.task_store.get(task_id)
+        rows = await call.services.task_store.events(task_id, after=after, limit=_PAGE)
+        for row in rows:
+            await response.write(_event_line(row))
+            after = row.seq
+        if len(rows) == _PAGE:
+            continue
+        if not follow or found.state in FINAL:
+            break
+        await call.services.tasks.wait_for_change(_SILENT_S)
+    await response.write_eof()
+    return response
+
+
+async def changes(call: Call) -> StreamResponse:
+    """Return what the agent changed, as a tar; 204 when nothing."""
+    found = await call.services.task_store.get(TaskId(call.path["id"]))
+    if found.changes is None:
+        return Response(status=204)
+    return Response(body=await call.services.blobs.get(found.changes), content_type=_TAR)
+
+
+async def workspace(call: Call) -> StreamResponse:
+    """Return the workspace that the task was given, as a tar; 204 when none."""
+    found = await call.services.task_store.get(TaskId(call.path["id"]))
+    if found.spec.workspace is None:
+        return Response(status=204)
+    return Response(body=await call.services.blobs.get(found.spec.workspace), content_type=_TAR)
+
+
+async def cancel(call: Call) -> StreamResponse:
+    """End a task."""
+    return json_answer(
+        {"task": await _task_row(call, await call.services.tasks.cancel(TaskId(call.path["id"])))}
+    )
+
+
+async def retry(call: Call) -> StreamResponse:
+    """Put a parked or failed task back into the queue."""
+    return json_answer(
+        {"task": await _task_row(call, await call.services.tasks.retry(TaskId(call.path["id"])))}
+    )
+
+
+# --- approvals ---------------------------------------------------------------------------------
+
+
+async def approvals(call: Call) -> StreamResponse:
+    """List what waits for a person."""
+    return json_answer({"approvals": [_approval_row(row) for row in await call.services.approvals.pending()]})
+
+
+async def approve(call: Call) -> StreamResponse:
+    """Answer a question."""
+    is_yes = get_bool(call.json(), "approve", where="body")
+    row = await call.services.tasks.answer(call.path["id"], approve=is_yes, by=call.principal)
+    return json_answer({"approval": _approval_row(row)})
+
+
+# --- keys --------------------------------------------------------------------------------------
+
+
+async def keys(call: Call) -> StreamResponse:
+    """List API keys."""
+    return json_answer({"keys": [_key_row(row) for row in await call.services.keys.list()]})
+
+
+async def create_key(call: Call) -> StreamResponse:
+    """Make an API key; the secret is in this answer and nowhere else."""
+    name = get_str(call.json(), "name", where="body", max_len=64)
+    if not _NAME.fullmatch(name):
+        raise BadRequest(
+            "bad-name", f"cannot name a key {name!r}: letters, digits, dot, dash, underscore", where="name"
+        )
+    secret = f"mk-{call.services.entropy.token(24)}"
+    row = await call.services.keys.create(
+        key_id=f"k-{call.services.entropy.token(4)}",
+        name=name,
+        secret_sha256=hashlib.sha256(secret.encode()).hexdigest(),
+        now_ms=call.services.clock.now_ms(),
+    )
+    await _admin_receipt(call, "key-created", key=row.name)
+    return json_answer({"key": _key_row(row), "secret": secret}, status=201)
+
+
+async def revoke_key(call: Call) -> StreamResponse:
+    """Revoke an API key; it is refused from now on."""
+    row = await call.services.keys.revoke(call.path["name"], now_ms=call.services.clock.now_ms())
+    await _admin_receipt(call, "key-revoked", key=row.name)
+    return json_answer({"key": _key_row(row)})
+
+
+# --- policy ------------------------------------------------------------------------------------
+
+
+async def policy(call: Call) -> StreamResponse:
+    """Show the policy in force."""
+    return json_answer(call.services.policy.report())
+
+
+async def reload(call: Call) -> StreamResponse:
+    """Read the policy file again; refuse it and keep the old one if anything is wrong."""
+    return json_answer(await call.services.policy.reload())
+
+
+async def explain(call: Call) -> StreamResponse:
+    """Say what would be decided, by which rule, and what each other rule lacked."""
+    body = call.json()
+    in_force = call.services.policy.policy
+    request = parse_request(body, in_force)
+    answer = explain_request(in_force, request).as_json()
+    if request.action is Action.INFER and "zone" not in body and request.model is not None:
+        answer["candidates"] = _weighed(call, request)
+    return json_answer(answer)
+
+
+def _weighed(call: Call, request: Request) -> list[dict[str, object]]:
+    prompt = Prompt(kind=PromptKind.CHAT, model=request.model or "", params={})
+    speaker = Speaker(principal=request.principal, label=request.label, tainted=request.tainted)
+    rows = []
+    for why in call.services.prompts.weigh(speaker, prompt):
+        outcome = why.outcome
+        decision = "allow" if isinstance(outcome, Permit) else "ask"
+        if isinstance(outcome, Denied):
+            decision = "deny"
+        rows.append(
+            {
+                "node": call.services.prompts.node.name,
+                "engine": why.candidate.engine,
+                "model": why.candidate.model,
+                "zone": why.candidate.zone.value,
+                "dest": why.candidate.dest,
+                "decision": decision,
+                "rule": outcome.rule,
+                "why": outcome.message if isinstance(outcome, Denied) else "",
+            }
+        )
+    return rows
+
+
+# --- receipts ----------------------------------------------------------------------------------
+
+
+async def receipts(call: Call) -> StreamResponse:
+    """Return a page of the chain."""
+    last = call.number("last", 0, low=0, high=1000)
+    rows = await call.services.receipts.page(
+        after=call.number("after", 0, low=0, high=1 << 53),
+        limit=call.number("limit", 100, low=1, high=1000),
+        last=last or None,
+    )
+    return json_answer({"receipts": list(rows)})
+
+
+async def receipt(call: Call) -> StreamResponse:
+    """Return one record."""
+    return json_answer(await call.services.receipts.one(call.path["id"]))
+
+
+async def receipts_head(call: Call) -> StreamResponse:
+    """Return the head, to be kept elsewhere."""
+    return json_answer(await call.services.receipts.top())
+
+
+async def receipts_verify(call: Call) -> StreamResponse:
+    """Walk the whole chain."""
+    head = get_str(call.json(), "head", where="body", default="", max_len=100)
+    return json_answer(await call.services.receipts.check(head or None))
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def _administers(call: Call) -> bool:
+    request = Request(action=Action.ADMIN, principal=call.principal)
+    return isinstance(evaluate(call.services.policy.policy, request), Permit)
+
+
+async def _admin_receipt(call: Call, what: str, **facts: object) -> None:
+    body = {"action": "admin", "what": what, "by": call.principal.describe(), **facts}
+    await call.services.receipts.durable(call.services.receipts.append("admin", body))
+
+
+def _summary_row(task: Task) -> dict[str, object]:
+    return {
+        "id": task.id,
+        "state": task.state.value,
+        "agent": task.spec.agent,
+        "label": task.label,
+        "tainted": task.tainted,
+        "model": task.spec.model,
+        "submitter": task.spec.submitter.describe(),
+        "priority": task.spec.priority,
+        "attempt": task.attempt,
+        "created_at_ms": task.created_at_ms,
+        "updated_at_ms": task.updated_at_ms,
+        "deadline_at_ms": task.spec.deadline_at_ms,
+        "code": task.code,
+        "message": task.message,
+        "steps": task.steps,
+        "tokens": task.tokens,
+        "repeatable": task.spec.repeatable,
+    }
+
+
+async def _task_row(call: Call, task: Task) -> dict[str, object]:
+    return {
+        **_summary_row(task),
+        "prompt": task.spec.prompt,
+        "summary": task.summary,
+        "workspace": task.spec.workspace,
+        "changes": task.changes,
+        "deleted": await _deleted(call, task) if task.state in FINAL else [],
+    }
+
+
+async def _deleted(call: Call, task: Task) -> list[str]:
+    """Find which files the final attempt deleted; its `changes` event is among the last ones."""
+    after = 0
+    found: list[str] = []
+    while rows := await call.services.task_store.events(task.id, after=after, limit=_PAGE):
+        for row in rows:
+            if row.kind == "changes" and row.attempt == task.attempt:
+                files = row.data.get("files")
+                found = (
+                    [f["path"] for f in files if f["kind"] == "deleted"] if isinstance(files, list) else []
+                )
+        after = rows[-1].seq
+    return found
+
+
+def _event_line(event: Event) -> bytes:
+    return json.dumps(asdict(event), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _approval_row(row: ApprovalRow) -> dict[str, object]:
+    by = parse_principal(row.decided_by).describe() if row.decided_by else ""
+    return {
+        "id": row.id,
+        "task_id": row.task_id,
+        "facts": dict(row.facts),
+        "state": row.state,
+        "asked_at_ms": row.asked_at_ms,
+        "expires_at_ms": row.expires_at_ms,
+        "decided_by": by,
+    }
+
+
+def _key_row(row: KeyRow) -> dict[str, object]:
+    return asdict(row)
+
+
+def _hash_or_none(text: str) -> str | None:
+    if not text:
+        return None
+    if not _SHA256.fullmatch(text):
+        raise BadRequest(
+            "bad-request", "cannot use this workspace: it must be a sha256 in hex", where="workspace"
+        )
+    return text

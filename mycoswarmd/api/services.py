@@ -1,0 +1,78 @@
+"""What the HTTP interface needs of the node, as protocols; daemon/wiring.py fills them in."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mycoswarmd.core.policy.model import Policy
+from mycoswarmd.flow.approve import ApprovalDesk
+from mycoswarmd.flow.ports import ApprovalStore, BlobStore, Clock, Entropy, KeyStore, ReceiptLog, TaskStore
+from mycoswarmd.flow.prompt import Prompts
+from mycoswarmd.flow.task import Tasks
+
+
+class ReceiptBook(ReceiptLog, Protocol):
+    """The receipts, also for reading."""
+
+    async def page(self, *, after: int, limit: int, last: int | None) -> Sequence[Mapping[str, object]]:
+        """Return receipts with seq > after, oldest first, or the `last` newest ones."""
+        ...
+
+    async def one(self, reference: str) -> Mapping[str, object]:
+        """Return a receipt by id or seq; NotFound("unknown-receipt")."""
+        ...
+
+    async def top(self) -> Mapping[str, object]:
+        """Return {seq, id, sha256, count} of the head."""
+        ...
+
+    async def check(self, head: str | None) -> Mapping[str, object]:
+        """Walk the chain; return {ok, count, bad_seq, reason}."""
+        ...
+
+
+class PolicyDesk(Protocol):
+    """The policy in force and its file."""
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy in force, or None: everything is denied."""
+        ...
+
+    def report(self) -> Mapping[str, object]:
+        """Describe the file, its text, its problem, warnings and proofs."""
+        ...
+
+    async def reload(self) -> Mapping[str, object]:
+        """Read the file again; swap, or raise PolicyInvalid and keep the old one."""
+        ...
+
+
+class Machine(Protocol):
+    """The node as a whole."""
+
+    async def status(self) -> Mapping[str, object]:
+        """Report everything that `mycoswarmctl status` shows."""
+        ...
+
+    async def doctor(self) -> Sequence[Mapping[str, object]]:
+        """Check what is missing or weak on this machine, with the command that fixes it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything that handlers may use."""
+
+    prompts: Prompts
+    tasks: Tasks
+    task_store: TaskStore
+    approvals: ApprovalStore
+    desk: ApprovalDesk
+    blobs: BlobStore
+    keys: KeyStore
+    receipts: ReceiptBook
+    policy: PolicyDesk
+    machine: Machine
+    clock: Clock
+    entropy: Entropy

@@ -1,0 +1,210 @@
+"""The node as a whole, for `status` and `doctor`: each fact with what is weak about it and the cure."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mycoswarmd import __version__
+from mycoswarmd.core.tasks import FINAL, TaskState
+from mycoswarmd.core.types import SandboxLevel
+from mycoswarmd.daemon.policyfile import PolicyKeeper
+from mycoswarmd.daemon.settings import Settings
+from mycoswarmd.flow.ports import Clock, Engine
+from mycoswarmd.inventory.gpu import Gpus
+from mycoswarmd.inventory.host import Host, own_memory_bytes, tier_of
+from mycoswarmd.sandbox.capability import Capability
+from mycoswarmd.store.receipts import SqliteReceiptLog
+from mycoswarmd.store.tasks import SqliteTaskStore
+
+# Below this, the queue may soon be refused by a full disk.
+_DISK_LOW_BYTES = 1 << 30
+# Engines that others run beside a node, where they listen by default.
+_ENGINE_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 50052: "llama.cpp rpc-server"}
+
+
+class NodeMachine:
+    """Reports on one running node."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        policy: PolicyKeeper,
+        engines: Sequence[Engine],
+        tasks: SqliteTaskStore,
+        receipts: SqliteReceiptLog,
+        capability: Capability,
+        host: Host,
+        gpus: Callable[[], Gpus],
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._engines = engines
+        self._tasks = tasks
+        self._receipts = receipts
+        self._capability = capability
+        self._host = host
+        self._gpus = gpus
+        self._clock = clock
+        self._started_s = clock.monotonic_s()
+
+    async def status(self) -> Mapping[str, object]:
+        """Report everything that `mycoswarmctl status` shows."""
+        problems = self._problems()
+        gpus = self._gpus()
+        keeper = self._policy
+        policy = keeper.policy
+        head = await self._receipts.head()
+        return {
+            "node": self._settings.node_name,
+            "version": __version__,
+            "state": "red" if policy is None else "yellow" if problems else "green",
+            "problems": problems,
+            "uptime_s": round(self._clock.monotonic_s() - self._started_s),
+            "pid": os.getpid(),
+            "policy": {
+                "name": policy.name if policy is not None else "",
+                "sha256": policy.sha256 if policy is not None else "",
+                "path": str(self._settings.policy_file),
+                "loaded_at_ms": keeper.loaded_at_ms,
+                "problem": keeper.problem or "",
+                "rules": len(policy.rules) if policy is not None else 0,
+                "invariants_proved": len(policy.invariants) if policy is not None else 0,
+            },
+            "engines": [asdict(engine.health()) for engine in self._engines],
+            "tasks": await self._task_counts(),
+            "receipts": {"count": head.seq, "head": head.id},
+            "sandbox": {
+                "level": self._capability.level.value,
+                "facts": [asdict(fact) for fact in self._capability.facts],
+            },
+            "listeners": self._listeners(),
+            "host": {
+                "hostname": socket.gethostname(),
+                "cpus": self._host.cpus,
+                "memory_bytes": self._host.memory_bytes,
+                "own_memory_bytes": own_memory_bytes(),
+                "gpus": [asdict(gpu) for gpu in gpus.found],
+                "tier": tier_of(self._host, gpus.found),
+            },
+        }
+
+    async def doctor(self) -> Sequence[Mapping[str, object]]:
+        """Check what is missing or weak on this machine, with the command that fixes it."""
+        checks = [self._policy_check(), self._clock_check(), self._disk_check(), *self._engine_checks()]
+        checks += [
+            _check(f"cage: {fact.name}", is_ok=fact.ok, detail=fact.detail, fix=fact.hint)
+            for fact in self._capability.facts
+        ]
+        checks += await asyncio.to_thread(_open_engines)
+        gpus = self._gpus()
+        checks.append(_check("gpu", is_ok=True, detail=gpus.detail))
+        return checks
+
+    def _problems(self) -> list[str]:
+        problems = [self._policy.problem] if self._policy.problem else []
+        if self._capability.level is SandboxLevel.NONE:
+            problems.append("no cage can be built here: tasks will be refused (mycoswarmctl doctor)")
+        problems += [
+            f"engine {health.name} is down: {health.detail}"
+            for health in (engine.health() for engine in self._engines)
+            if health.state == "down"
+        ]
+        if not any(engine.models() for engine in self._engines):
+            problems.append("no model is served: mycoswarmctl engine install")
+        return problems
+
+    async def _task_counts(self) -> dict[str, int]:
+        open_states = frozenset(set(TaskState) - FINAL)
+        counts = {state.value: 0 for state in sorted(open_states)}
+        for task in await self._tasks.list(states=open_states, limit=self._settings.max_open_tasks):
+            counts[task.state.value] += 1
+        return counts
+
+    def _listeners(self) -> list[str]:
+        listen = self._settings.listen
+        tcp = [f"http://{listen[0]}:{listen[1]}"] if listen is not None else []
+        return [f"unix:{self._settings.socket_path}", *tcp]
+
+    def _policy_check(self) -> dict[str, object]:
+        if self._policy.problem:
+            return _check(
+                "policy",
+                is_ok=False,
+                detail=self._policy.problem,
+                fix="mycoswarmctl policy check",
+                severity="fail",
+            )
+        name = self._policy.policy.name if self._policy.policy is not None else "none"
+        return _check("policy", is_ok=True, detail=f"{name!r} from {self._settings.policy_file}")
+
+    def _clock_check(self) -> dict[str, object]:
+        is_ok = self._clock.minute_of_day() is not None
+        detail = "plausible" if is_ok else "before 2026: rules with `hours` count against every request"
+        return _check(
+            "clock", is_ok=is_ok, detail=detail, fix="install a time service: apt install systemd-timesyncd"
+        )
+
+    def _disk_check(self) -> dict[str, object]:
+        stat = os.statvfs(self._settings.state_dir)
+        free_bytes = stat.f_bavail * stat.f_frsize
+        detail = f"{free_bytes >> 20} MiB free under {self._settings.state_dir}"
+        return _check(
+            "disk",
+            is_ok=free_bytes >= _DISK_LOW_BYTES,
+            detail=detail,
+            fix="free some space, or move state_dir",
+        )
+
+    def _engine_checks(self) -> list[dict[str, object]]:
+        checks = []
+        for engine in self._engines:
+            health = engine.health()
+            is_ok = health.state != "down" and health.models > 0
+            detail = health.detail or f"{health.state}, {health.models} models"
+            checks.append(
+                _check(
+                    f"engine: {health.name}", is_ok=is_ok, detail=detail, fix="mycoswarmctl engine install"
+                )
+            )
+        return checks
+
+
+def _check(
+    name: str, *, is_ok: bool, detail: str, fix: str = "", severity: str = "warn"
+) -> dict[str, object]:
+    return {
+        "name": name,
+        "ok": is_ok,
+        "severity": "ok" if is_ok else severity,
+        "detail": detail,
+        "fix": "" if is_ok else fix,
+    }
+
+
+def _open_engines() -> list[dict[str, object]]:
+    """Find engines here that listen to the whole network: anybody can use them, past the policy."""
+    checks = []
+    for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        try:
+            rows = [line.split() for line in file.read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        for row in rows:
+            address, _, port = row[1].partition(":")
+            is_listening, is_everywhere = row[3] == "0A", set(address) == {"0"}
+            if is_listening and is_everywhere and (name := _ENGINE_PORTS.get(int(port, 16))):
+                checks.append(
+                    _check(
+                        f"exposed: {name}",
+                        is_ok=False,
+                        detail=f"port {int(port, 16)} listens on every address, past this policy",
+                        fix="bind it to 127.0.0.1 (for Ollama: OLLAMA_HOST=127.0.0.1)",
+                        severity="fail",
+                    )
+                )
+    return checks

@@ -1,0 +1,106 @@
+"""The process: logging, signals, ready, watchdog, stop."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import sdnotify
+
+from mycoswarmd.daemon.policyfile import load_policy
+from mycoswarmd.daemon.settings import Options, Settings, load_settings
+from mycoswarmd.daemon.wiring import PolicyDesk, running_node
+from mycoswarmd.errors import ConfigError, MycoswarmError
+
+log = logging.getLogger("mycoswarmd")
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+def run_forever(
+    *, state: Path | None, config: Path | None, policy: Path | None, listen: str | None, log_level: str
+) -> None:
+    """Run a node until SIGTERM or SIGINT; raise MycoswarmError when it cannot start."""
+    if log_level not in _LEVELS:
+        raise ConfigError("bad-option", f"cannot log at {log_level!r}: one of {', '.join(_LEVELS)}")
+    logging.basicConfig(
+        level=_LEVELS[log_level],
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    os.umask(0o077)
+    settings = load_settings(
+        Options(state=state, config=config, policy=policy, listen=listen, log_level=log_level)
+    )
+    try:
+        asyncio.run(_serve(settings))
+    except* MycoswarmError as group:
+        raise _first(group) from None
+
+
+async def _serve(settings: Settings) -> None:
+    stop, reload = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    notifier = sdnotify.SystemdNotifier()
+    async with running_node(settings) as policy:
+        log.info("ready: unix:%s", settings.socket_path)
+        if settings.listen is not None:
+            log.info("ready: http://%s:%d/v1 (API key needed)", *settings.listen)
+        notifier.notify("READY=1")
+        async with asyncio.TaskGroup() as group:
+            reloader = group.create_task(_reload_on(reload, policy), name="reload")
+            await stop.wait()
+            reloader.cancel()
+        notifier.notify("STOPPING=1")
+        log.info("stopping")
+
+
+async def _reload_on(reload: asyncio.Event, policy: PolicyDesk) -> None:
+    while True:
+        await reload.wait()
+        reload.clear()
+        try:
+            result = await policy.reload()
+        except MycoswarmError as exc:
+            log.error("the old policy stays: %s", exc)  # noqa: TRY400
+        else:
+            log.info("policy reloaded: %s", result["sha256"])
+
+
+def check(*, state: Path | None, config: Path | None, policy: Path | None, listen: str | None) -> str:
+    """Load settings and policy as `run` would and describe them."""
+    settings = load_settings(Options(state=state, config=config, policy=policy, listen=listen))
+    listening = f"http://{settings.listen[0]}:{settings.listen[1]}" if settings.listen else "unix socket only"
+    if settings.policy_file.exists():
+        checked = load_policy(settings.policy_file)
+        said = f"{checked.policy.name!r}, {len(checked.policy.rules)} rules, {len(checked.warnings)} warnings"
+    else:
+        said = "the file does not exist: the shipped default would be used"
+    return "\n".join(
+        (
+            f"state    {settings.state_dir}",
+            f"socket   {settings.socket_path}",
+            f"listen   {listening}",
+            f"models   {settings.models_dir}",
+            f"engines  {', '.join(e.name for e in settings.engines) or 'the embedded one only'}",
+            f"policy   {settings.policy_file}: {said}",
+        )
+    )
+
+
+def _first(group: BaseExceptionGroup[MycoswarmError]) -> MycoswarmError:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, MycoswarmError)
+    return found

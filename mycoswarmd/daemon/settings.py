@@ -1,0 +1,287 @@
+"""The settings: one table of keys, read from mycoswarm.toml, where the operator puts paths and ports.
+
+Law: what says where prompts may go is never here; it is in the policy. An unknown key is an error.
+An engine's address must be on this machine: anything else would be a destination, which only the
+policy may declare.
+"""
+
+import ipaddress
+import os
+import platform
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from mycoswarmd.core.units import parse_duration_s
+from mycoswarmd.errors import ConfigError
+
+DEFAULT_PORT: Final = 7436
+CONFIG_DIR: Final = Path("/etc/mycoswarm")
+_MAX_FILE_BYTES = 64 << 10
+_ENGINE_KINDS = ("ollama", "openai")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetting:
+    """One `[engines.NAME]` table: an engine that runs on this machine beside the node."""
+
+    name: str
+    kind: str  # ollama | openai
+    url: str  # http://127.0.0.1:PORT, or unix:/path
+    native_tools: bool | None = None  # None: ask the engine
+    concurrency: int = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that is not policy."""
+
+    state_dir: Path
+    runtime_dir: Path
+    policy_file: Path
+    policy_is_given: bool = False
+    node_name: str = ""
+    listen: tuple[str, int] | None = ("127.0.0.1", DEFAULT_PORT)
+    models_dir: Path
+    engine_dir: Path
+    managed_engine: bool = True
+    engine_idle_s: int = 900
+    engine_context_tokens: int = 4096
+    engines: tuple[EngineSetting, ...] = ()
+    task_slots: int = 2
+    max_open_tasks: int = 1000
+    approval_s: int = 24 * 3600
+    log_level: str = "info"
+
+    @property
+    def socket_path(self) -> Path:
+        """Where local callers find the node."""
+        return self.runtime_dir / "api.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """One row of the settings table."""
+
+    name: str
+    kind: type
+    low: int = 0
+    high: int = 0
+    help: str = ""
+
+
+# fmt: off
+TABLE: tuple[_Key, ...] = (
+    _Key("state_dir",             str,  help="where the queue, receipts, keys and models live"),
+    _Key("runtime_dir",           str,  help="where api.sock is"),
+    _Key("policy",                str,  help="the policy file"),
+    _Key("node_name",             str,  help="what this node is called; default: the host name"),
+    _Key("listen",                str,  help="HOST:PORT on loopback for programs with an API key, or \"none\""),
+    _Key("models_dir",            str,  help="GGUF files here are served by name"),
+    _Key("managed_engine",        bool, help="whether the node runs the embedded engine itself"),
+    _Key("engine_idle",           str,  help="the embedded engine stops after this long without a prompt"),
+    _Key("engine_context_tokens", int,  256, 1 << 20, "context length of the embedded engine"),
+    _Key("task_slots",            int,  1, 64,        "how many tasks run at a time"),
+    _Key("max_open_tasks",        int,  1, 1_000_000, "how many tasks may be open; beyond: queue full"),
+    _Key("approval_time",         str,  help="how long a question to a person stands before it counts as no"),
+    _Key("engines",               dict, help="tables [engines.NAME]: kind, url, native_tools, concurrency"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line said."""
+
+    state: Path | None = None
+    config: Path | None = None
+    policy: Path | None = None
+    listen: str | None = None
+    log_level: str = "info"
+
+
+@dataclass(slots=True)
+class _Reader:
+    path: str
+    table: Mapping[str, object]
+    seen: set[str] = field(default_factory=set)
+
+    def get(self, key: _Key) -> object | None:
+        value = self.table.get(key.name)
+        if value is None:
+            return None
+        is_right = isinstance(value, key.kind) and not (key.kind is int and isinstance(value, bool))
+        if not is_right:
+            raise _invalid(self.path, key.name, f"must be a {key.kind.__name__}, not {value!r}")
+        if key.kind is int and not key.low <= value <= key.high:  # type: ignore[operator]
+            raise _invalid(self.path, key.name, f"must be from {key.low} to {key.high}, not {value!r}")
+        return value
+
+
+def load_settings(options: Options) -> Settings:
+    """Read the settings file, if there is one, and put the command line over it.
+
+    Raises ConfigError with the file and the key.
+    """
+    config = options.config or _first_existing(options)
+    table, where = _read(config) if config is not None else ({}, "no file")
+    unknown = set(table) - {key.name for key in TABLE}
+    if unknown:
+        known = ", ".join(key.name for key in TABLE)
+        raise _invalid(where, min(unknown), f"is not a setting; settings are {known}")
+    reader = _Reader(where, table)
+    values = {key.name: reader.get(key) for key in TABLE}
+
+    def text(name: str) -> str | None:
+        value = values[name]
+        return value if isinstance(value, str) else None
+
+    def number(name: str, default: int) -> int:
+        value = values[name]
+        return value if isinstance(value, int) else default
+
+    state_dir = options.state or Path(text("state_dir") or default_state_dir())
+    runtime = text("runtime_dir")
+    if options.state is not None:
+        runtime_dir = options.state / "run"
+    else:
+        runtime_dir = Path(runtime) if runtime else default_runtime_dir(state_dir)
+    policy_file = options.policy or (Path(text("policy") or "") if text("policy") else None)
+    listen_text = options.listen if options.listen is not None else text("listen")
+    engines = values["engines"]
+    return Settings(
+        state_dir=state_dir,
+        runtime_dir=runtime_dir,
+        policy_file=policy_file or _policy_beside(state_dir, is_own=options.state is not None),
+        policy_is_given=policy_file is not None,
+        node_name=text("node_name") or platform.node().split(".")[0] or "node",
+        listen=parse_listen(listen_text, where) if listen_text is not None else ("127.0.0.1", DEFAULT_PORT),
+        models_dir=Path(text("models_dir") or state_dir / "models"),
+        engine_dir=state_dir / "engine",
+        managed_engine=values["managed_engine"] is not False,
+        engine_idle_s=_duration(text("engine_idle"), 900, where, "engine_idle"),
+        engine_context_tokens=number("engine_context_tokens", 4096),
+        engines=tuple(
+            _engine(where, name, entry)
+            for name, entry in (engines if isinstance(engines, dict) else {}).items()
+        ),
+        task_slots=number("task_slots", 2),
+        max_open_tasks=number("max_open_tasks", 1000),
+        approval_s=_duration(text("approval_time"), 24 * 3600, where, "approval_time"),
+        log_level=options.log_level,
+    )
+
+
+def default_state_dir() -> Path:
+    """Return where state lives when nobody said: the system's place for root, XDG for others."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/mycoswarm")
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "mycoswarm"
+
+
+def default_runtime_dir(state_dir: Path) -> Path:
+    """Return where the socket lives when nobody said."""
+    if os.geteuid() == 0:
+        return Path("/run/mycoswarm")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "mycoswarm" if base else state_dir / "run"
+
+
+def parse_listen(text: str, where: str = "--listen") -> tuple[str, int] | None:
+    """Parse HOST:PORT; only loopback addresses are taken. "none" is no listener."""
+    if text == "none":
+        return None
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback or not port.isascii() or not port.isdigit() or not 0 <= int(port[:6]) <= 65535:
+        raise _invalid(where, "listen", f"must be a loopback HOST:PORT, such as 127.0.0.1:7436, not {text!r}")
+    return host, int(port)
+
+
+def check_local_url(url: str, where: str, key: str) -> None:
+    """Accept unix:/absolute/path or http://LOOPBACK-IP:PORT; anything else would leave this machine."""
+    if url.startswith("unix:/"):
+        return
+    parts = urlsplit(url)
+    try:
+        is_local = ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        is_local = False
+    if parts.scheme != "http" or not is_local or parts.username or parts.query or parts.fragment:
+        raise _invalid(
+            where,
+            key,
+            f"must be http://127.0.0.1:PORT or unix:/path, not {url!r}: an engine elsewhere is a destination, "
+            "and only the policy declares those",
+        )
+
+
+def _first_existing(options: Options) -> Path | None:
+    places = (
+        [options.state / "mycoswarm.toml"] if options.state is not None else [CONFIG_DIR / "mycoswarm.toml"]
+    )
+    return next((place for place in places if place.exists()), None)
+
+
+def _policy_beside(state_dir: Path, *, is_own: bool) -> Path:
+    if is_own or os.geteuid() != 0:
+        own = state_dir / "policy.toml"
+        if is_own or own.exists():
+            return own
+    return CONFIG_DIR / "policy.toml"
+
+
+def _read(path: Path) -> tuple[Mapping[str, object], str]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as exc:
+        raise ConfigError("config-unreadable", f"cannot read settings {str(path)!r}: {exc.strerror}") from exc
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError("config-invalid", f"cannot use settings {str(path)!r}: larger than 64 KiB")
+    try:
+        return tomllib.loads(data.decode("utf-8")), str(path)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigError("config-invalid", f"cannot use settings {str(path)!r}: {exc}") from exc
+
+
+def _engine(where: str, name: str, entry: object) -> EngineSetting:
+    key = f"engines.{name}"
+    if not isinstance(entry, dict):
+        raise _invalid(where, key, "must be a table")
+    unknown = set(entry) - {"kind", "url", "native_tools", "concurrency"}
+    if unknown:
+        raise _invalid(
+            where, f"{key}.{min(unknown)}", "is not a setting: kind, url, native_tools, concurrency are"
+        )
+    kind, url = entry.get("kind"), entry.get("url")
+    if kind not in _ENGINE_KINDS or not isinstance(url, str):
+        raise _invalid(where, key, f"needs url and kind, which is one of {', '.join(_ENGINE_KINDS)}")
+    check_local_url(url, where, f"{key}.url")
+    native, concurrency = entry.get("native_tools"), entry.get("concurrency", 4)
+    if not (native is None or isinstance(native, bool)) or not isinstance(concurrency, int):
+        raise _invalid(where, key, "native_tools is true or false, concurrency a number")
+    if not 1 <= concurrency <= 1024:
+        raise _invalid(where, f"{key}.concurrency", "must be from 1 to 1024")
+    return EngineSetting(name=name, kind=kind, url=url, native_tools=native, concurrency=concurrency)
+
+
+def _duration(text: str | None, default_s: int, where: str, key: str) -> int:
+    if text is None:
+        return default_s
+    try:
+        return int(parse_duration_s(text))
+    except ValueError as exc:
+        raise _invalid(where, key, str(exc)) from exc
+
+
+def _invalid(path: str, key: str, problem: str) -> ConfigError:
+    return ConfigError("config-invalid", f"cannot use settings in {path}: {key!r} {problem}")
