@@ -130,26 +130,50 @@ def get_list(obj: dict[str, object], key: str, *, where: str, max_items: int) ->
     return as_list(obj.get(key), where=join(where, key), max_items=max_items)
 
 
-def get_str(obj: dict[str, object], key: str, *, where: str, max_len: int, min_len: int = 0) -> str:
-    """Return a required string."""
-    return as_str(obj.get(key), where=join(where, key), max_len=max_len, min_len=min_len)
+def get_str(
+    obj: dict[str, object],
+    key: str,
+    *,
+    where: str,
+    max_len: int = 1 << 20,
+    min_len: int = 0,
+    default: str | None = None,
+) -> str:
+    """Return a string; absent or null is the default, or an error where there is none."""
+    value = obj.get(key)
+    if value is None and default is not None:
+        return default
+    return as_str(value, where=join(where, key), max_len=max_len, min_len=min_len)
 
 
-def get_int(obj: dict[str, object], key: str, *, where: str, low: int = 0, high: int = 2**53) -> int:
-    """Return a required integer, by default any that is not negative and that JSON keeps exact."""
-    return as_int(obj.get(key), where=join(where, key), low=low, high=high)
+def get_int(
+    obj: dict[str, object],
+    key: str,
+    *,
+    where: str,
+    low: int = 0,
+    high: int = 2**53,
+    default: int | None = None,
+) -> int:
+    """Return an integer, by default any that is not negative and that JSON keeps exact."""
+    value = obj.get(key)
+    if value is None and default is not None:
+        return default
+    return as_int(value, where=join(where, key), low=low, high=high)
+
+
+def get_bool(obj: dict[str, object], key: str, *, where: str, default: bool | None = None) -> bool:
+    """Return a boolean; absent or null is the default, or an error where there is none."""
+    value = obj.get(key)
+    if value is None and default is not None:
+        return default
+    return as_bool(value, where=join(where, key))
 
 
 def opt_str(obj: dict[str, object], key: str, *, where: str, max_len: int) -> str | None:
     """Return a string, or None where it is absent or null."""
     value = obj.get(key)
     return None if value is None else as_str(value, where=join(where, key), max_len=max_len)
-
-
-def opt_bool(obj: dict[str, object], key: str, *, where: str) -> bool:
-    """Return a boolean, False where it is absent or null."""
-    value = obj.get(key)
-    return False if value is None else as_bool(value, where=join(where, key))
 
 
 def get_choice(obj: dict[str, object], key: str, *, where: str, choices: Collection[str]) -> str:

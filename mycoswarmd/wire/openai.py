@@ -29,11 +29,11 @@ from mycoswarmd.wire.jsonv import (
     as_str,
     bad_range,
     bad_value,
+    get_bool,
     get_choice,
     get_list,
     get_object,
     get_str,
-    opt_bool,
     opt_str,
     parse_object,
 )
@@ -147,7 +147,7 @@ def _parse_model(body: dict[str, object]) -> str:
 
 
 def _parse_stream(body: dict[str, object]) -> tuple[bool, bool]:
-    stream = opt_bool(body, "stream", where="")
+    stream = get_bool(body, "stream", where="", default=False)
     options = body.get("stream_options")
     if options is None:
         return stream, False
