@@ -151,9 +151,8 @@ def _parse_stream(body: dict[str, object]) -> tuple[bool, bool]:
     options = body.get("stream_options")
     if options is None:
         return stream, False
-    return stream, opt_bool(
-        as_object(options, where="stream_options"), "include_usage", where="stream_options"
-    )
+    where = "stream_options"
+    return stream, get_bool(as_object(options, where=where), "include_usage", where=where, default=False)
 
 
 def _parse_message(untrusted: object, *, where: str) -> Message:

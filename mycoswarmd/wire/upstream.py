@@ -110,8 +110,10 @@ def parse_answer(untrusted: bytes, *, kind: PromptKind) -> Answer:
     """Parse a whole answer to a chat or text prompt."""
     body = parse_object(untrusted, what="the answer")
     choice = _first_choice(body)
+    reasoning = ""
+    calls: tuple[ToolCall, ...] = ()
     if kind is PromptKind.TEXT:
-        text, reasoning, calls = _text(choice, "text", where="choices[0]"), "", ()
+        text = _text(choice, "text", where="choices[0]")
     else:
         where = "choices[0].message"
         message = as_object(choice.get("message"), where=where)
