@@ -1,0 +1,250 @@
+"""One engine's HTTP server, from the side that asks: bounded, without proxies, redirects or cookies.
+
+Rule: bytes go to the one declared address, whatever an answer, the environment or a model's name
+says. Everything that comes back is bounded in size and in time, and every way in which it can fail
+is one of our errors. Closing a stream, or cancelling, closes the connection: that is what tells an
+engine to stop.
+"""
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
+
+from mycoswarmd.engines.address import Address
+from mycoswarmd.errors import BadRequest, EngineError, Unavailable
+from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Finish, Prompt
+from mycoswarmd.wire.sse import SseParser
+from mycoswarmd.wire.tools import TranslateCalls, compile_tools, deltas_of
+from mycoswarmd.wire.upstream import (
+    PATHS,
+    ChunkParser,
+    encode_request,
+    parse_answer,
+    parse_embeddings,
+    parse_error,
+)
+
+# The body of an error or of a small answer such as a list of models.
+_SMALL_BYTES = 4 << 20
+# 2,048 vectors of 4,096 numbers as text are about 100 MB; a whole answer is far less.
+_LARGE_BYTES = 128 << 20
+# aiohttp warns above this size that plain bytes hold up the loop.
+_PLAIN_BODY_BYTES = 1 << 20
+# llama.cpp's server drops idle connections after 5 s; leaving first avoids sending into a closing one.
+_KEEPALIVE_S = 4.0
+# The end of the body follows [DONE] at once; waiting for it lets the connection be used again.
+_END_S = 0.25
+_JSON = {"Content-Type": "application/json"}
+# What aiohttp raises when the other side breaks off or speaks no HTTP.
+_BROKEN = (aiohttp.ClientError, HttpProcessingError, OSError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long to wait for an engine, in seconds.
+
+    Attributes:
+        connect_s: for a connection; local ones take microseconds, so this finds a hung listener.
+        first_byte_s: a cold prompt of 1,500 tokens took 11 s on two cores; a large one takes minutes.
+        idle_s: between two pieces of one answer.
+        answer_s: for a whole answer that is not streamed.
+        probe_s: for questions about the engine itself.
+    """
+
+    connect_s: float = 5.0
+    first_byte_s: float = 300.0
+    idle_s: float = 60.0
+    answer_s: float = 1200.0
+    probe_s: float = 10.0
+
+
+class Upstream:
+    """A client of one engine's server; works only inside `async with upstream.opened()`."""
+
+    def __init__(self, engine: str, address: Address, *, patience: Patience | None = None) -> None:
+        self._engine = engine
+        self._address = address
+        self._patience = patience or Patience()
+        self._session: aiohttp.ClientSession | None = None
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Hold the connections; they are closed at the end, which stops the engine's work."""
+        connector: aiohttp.BaseConnector
+        if self._address.socket_path is not None:
+            connector = aiohttp.UnixConnector(
+                self._address.socket_path, limit=0, keepalive_timeout=_KEEPALIVE_S
+            )
+        else:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+        session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._patience.connect_s),
+            headers={"Accept-Encoding": "identity", "User-Agent": "mycoswarmd"},
+        )
+        async with session:
+            self._session = session
+            try:
+                yield
+            finally:
+                self._session = None
+
+    async def fetch(self, path: str, *, body: bytes | None = None) -> tuple[int, bytes]:
+        """Return status and body of a small answer about the engine itself."""
+        wait_s = self._patience.probe_s
+        async with self._request(path, body, wait_s=wait_s) as response:
+            return response.status, await self._read(response, _SMALL_BYTES, wait_s)
+
+    async def complete(self, prompt: Prompt, *, native_tools: bool) -> Answer:
+        """Return the whole answer."""
+        sent = prompt if native_tools else compile_tools(prompt)
+        untrusted = await self._ask(sent)
+        with self._reading():
+            answer = parse_answer(untrusted, kind=prompt.kind)
+        return answer if native_tools else TranslateCalls(prompt).answer(answer)
+
+    async def embed(self, prompt: Prompt) -> Embeddings:
+        """Return one vector for each input."""
+        untrusted = await self._ask(prompt)
+        with self._reading():
+            return parse_embeddings(untrusted, count=len(prompt.inputs))
+
+    async def stream(self, prompt: Prompt, *, native_tools: bool) -> AsyncGenerator[Delta, None]:
+        """Yield the answer piece by piece, then Finish, then Usage; closing it stops the engine."""
+        sent = prompt if native_tools else compile_tools(prompt)
+        translate = TranslateCalls(prompt) if sent is not prompt else None
+        body = encode_request(sent, stream=True)
+        async with self._request(PATHS[prompt.kind], body, wait_s=self._patience.first_byte_s) as response:
+            await self._check_status(response, prompt)
+            if response.content_type != "text/event-stream":
+                # A server that cannot stream: its whole answer is one piece.
+                untrusted = await self._read(response, _LARGE_BYTES, self._patience.answer_s)
+                with self._reading():
+                    answer = parse_answer(untrusted, kind=prompt.kind)
+                for delta in deltas_of(answer if translate is None else translate.answer(answer)):
+                    yield delta
+                return
+            events = SseParser()
+            chunks = ChunkParser(prompt.kind)
+            while not chunks.is_done and (untrusted := await self._piece(response)):
+                for delta in self._parse(untrusted, events, chunks):
+                    if translate is None:
+                        yield delta
+                    else:
+                        for own in translate.feed(delta):
+                            yield own
+            if not chunks.is_finished:
+                if not chunks.is_done:
+                    raise self._failed("it broke off in the middle of its answer")
+                finish = Finish("stop")
+                for delta in (finish,) if translate is None else translate.feed(finish):
+                    yield delta
+            yield chunks.usage
+            await self._end(response)
+
+    def _parse(self, untrusted: bytes, events: SseParser, chunks: ChunkParser) -> list[Delta]:
+        with self._reading():
+            return [delta for data in events.feed(untrusted) for delta in chunks.feed(data)]
+
+    async def _ask(self, prompt: Prompt) -> bytes:
+        body = encode_request(prompt, stream=False)
+        wait_s = self._patience.answer_s
+        async with self._request(PATHS[prompt.kind], body, wait_s=wait_s) as response:
+            await self._check_status(response, prompt)
+            return await self._read(response, _LARGE_BYTES, wait_s)
+
+    @asynccontextmanager
+    async def _request(
+        self, path: str, body: bytes | None, *, wait_s: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            raise self._down("it is not running")
+        data = io.BytesIO(body) if body is not None and len(body) > _PLAIN_BODY_BYTES else body
+        try:
+            async with asyncio.timeout(wait_s):
+                response = await self._session.request(
+                    "GET" if body is None else "POST",
+                    self._address.base_url + path,
+                    data=data,
+                    headers=_JSON if body is not None else None,
+                    allow_redirects=False,
+                )
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
+            raise self._down("nothing answers at its address") from exc
+        except TimeoutError as exc:
+            raise self._failed(f"it sent nothing for {wait_s:g} s") from exc
+        except _BROKEN as exc:
+            raise self._failed("it closed the connection or speaks no HTTP") from exc
+        try:
+            yield response
+        finally:
+            # A response that was read to its end has given its connection back; any other is cut off.
+            response.close()
+
+    async def _check_status(self, response: aiohttp.ClientResponse, prompt: Prompt) -> None:
+        if response.status != 200:
+            untrusted = await self._read(response, _SMALL_BYTES, self._patience.probe_s)
+            raise parse_error(response.status, untrusted, engine=self._engine, model=prompt.model)
+
+    async def _read(self, response: aiohttp.ClientResponse, limit_bytes: int, wait_s: float) -> bytes:
+        pieces: list[bytes] = []
+        length = 0
+        try:
+            async with asyncio.timeout(wait_s):
+                while piece := await response.content.readany():
+                    length += len(piece)
+                    if length > limit_bytes:
+                        raise self._failed(f"its answer is larger than {limit_bytes} bytes")
+                    pieces.append(piece)
+        except TimeoutError as exc:
+            raise self._failed(f"its answer did not end within {wait_s:g} s") from exc
+        except _BROKEN as exc:
+            raise self._failed("it broke off in the middle of its answer") from exc
+        return b"".join(pieces)
+
+    async def _piece(self, response: aiohttp.ClientResponse) -> bytes:
+        """Return what has arrived, waiting for at least something; b"" at the end."""
+        try:
+            async with asyncio.timeout(self._patience.idle_s):
+                return await response.content.readany()
+        except TimeoutError as exc:
+            raise self._failed(f"it sent nothing for {self._patience.idle_s:g} s") from exc
+        except _BROKEN as exc:
+            raise self._failed("it broke off in the middle of its answer") from exc
+
+    async def _end(self, response: aiohttp.ClientResponse) -> None:
+        """Wait briefly for the end of a body whose content is complete."""
+        try:
+            async with asyncio.timeout(_END_S):
+                await response.content.readany()
+        except (TimeoutError, *_BROKEN):
+            return  # the answer is whole; only its connection is not used again
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what is wrong with an engine's bytes into an error of the engine."""
+        try:
+            yield
+        except BadRequest as exc:
+            if exc.code == "context-too-long":
+                raise
+            raise self._failed(exc.message) from exc
+
+    def _failed(self, cause: str) -> EngineError:
+        return EngineError("engine-failed", f"cannot get an answer from engine {self._engine!r}: {cause}")
+
+    def _down(self, cause: str) -> Unavailable:
+        return Unavailable(
+            "engine-down",
+            f"cannot reach engine {self._engine!r}: {cause}",
+            hint="is it started? mycoswarmctl status shows each engine",
+            retry_after_s=5,
+        )
