@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mycoswarmd.errors import BadRequest, Conflict, NotFound, StoreError, Unavailable
-from mycoswarmd.flow.ports import Clock, KeyRow
+from mycoswarmd.flow.ports import KeyRow
 from mycoswarmd.store.db import Database
 
 # A household or a lab has a dozen; the bound keeps a runaway script from filling memory.
@@ -24,12 +24,12 @@ class SqliteKeyStore:
 
     Args:
         db: open; `load` comes before the first lookup, and `run` belongs in the daemon's TaskGroup.
-        clock: for when a key was last used.
+        now_ms: the time, for when a key was last used.
     """
 
-    def __init__(self, db: Database, clock: Clock) -> None:
+    def __init__(self, db: Database, *, now_ms: Callable[[], int]) -> None:
         self._db = db
-        self._clock = clock
+        self._now_ms = now_ms
         self._live: dict[str, KeyRow] = {}  # by the secret's sha256
         self._used_at_ms: dict[str, int] = {}  # by id, not yet written
         self._used = asyncio.Event()
@@ -112,7 +112,7 @@ class SqliteKeyStore:
         """Return the live key of this secret, from memory, and remember that it was used."""
         row = self._live.get(secret_sha256)
         if row is not None:
-            self._used_at_ms[row.id] = self._clock.now_ms()
+            self._used_at_ms[row.id] = self._now_ms()
             self._used.set()
         return row
 

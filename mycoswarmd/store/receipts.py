@@ -9,9 +9,11 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from mycoswarmd.core.receipts import (
     GENESIS,
@@ -24,7 +26,7 @@ from mycoswarmd.core.receipts import (
     receipt_id,
 )
 from mycoswarmd.errors import MycoswarmError, NotFound, StoreError
-from mycoswarmd.flow.ports import Clock, Receipt
+from mycoswarmd.flow.ports import Receipt
 from mycoswarmd.store.db import Database
 
 # Half of what M4 allows (50 ms): the other half is for a slow disk's fsync.
@@ -38,17 +40,30 @@ _REFERENCE = re.compile(r"([0-9]{1,18})(?:-([0-9a-f]{8,64}))?")
 _COLUMNS = "seq, at_ms, kind, body, prev_sha256, sha256"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptRow:
+    """One receipt as people and programs are shown it."""
+
+    seq: int
+    id: str
+    at_ms: int
+    kind: str
+    body: Mapping[str, object]
+    prev_sha256: str
+    sha256: str
+
+
 class SqliteReceiptLog:
     """The log in the database; implements flow.ports.ReceiptLog.
 
     Args:
         db: open; `load` comes before anything else, and `run` belongs in the daemon's TaskGroup.
-        clock: for the time in each record.
+        now_ms: the time to write into each record.
     """
 
-    def __init__(self, db: Database, clock: Clock) -> None:
+    def __init__(self, db: Database, *, now_ms: Callable[[], int]) -> None:
         self._db = db
-        self._clock = clock
+        self._now_ms = now_ms
         self._head = Receipt(0, receipt_id(0, GENESIS), GENESIS)
         self._written_seq = 0
         self._pending: list[Record] = []
@@ -73,7 +88,7 @@ class SqliteReceiptLog:
             raise self._unwritable()
         check_kind(kind)
         data, prev, seq = canonical(body), self._head.sha256, self._head.seq + 1
-        at_ms = self._clock.now_ms()
+        at_ms = self._now_ms()
         sha256 = chain_bytes(prev, seq, at_ms, kind, data)
         self._pending.append(
             Record(seq=seq, at_ms=at_ms, kind=kind, body=data, prev_sha256=prev, sha256=sha256)
@@ -99,8 +114,9 @@ class SqliteReceiptLog:
             await asyncio.sleep(RETRY_AFTER_S if self._failure is not None else FLUSH_AFTER_S)
             await self._settle()
 
-    def head(self) -> Receipt:
+    async def head(self) -> Receipt:
         """Return the place of the newest record; seq 0 and a hash of zeros when there is none."""
+        await self._settle()
         return self._head
 
     @property
@@ -108,20 +124,20 @@ class SqliteReceiptLog:
         """Why records cannot be written now, for status."""
         return self._failure
 
-    async def tail(self, after: int, limit: int) -> Sequence[Record]:
+    async def tail(self, *, after: int, limit: int) -> Sequence[ReceiptRow]:
         """Return records with seq > after, oldest first."""
         await self._settle()
 
-        def select(connection: sqlite3.Connection) -> Sequence[Record]:
-            return _select(connection, after, max(0, min(limit, MAX_LIST)))
+        def select(connection: sqlite3.Connection) -> Sequence[ReceiptRow]:
+            return [_show(row) for row in _select(connection, after, max(0, min(limit, MAX_LIST)))]
 
         return await self._db.read(select)
 
-    async def get(self, reference: str) -> Record:
+    async def get(self, reference: str) -> ReceiptRow:
         """Return a record by SEQ or SEQ-HASH; NotFound("unknown-receipt")."""
         match = _REFERENCE.fullmatch(reference)
         if match is not None:
-            rows = await self.tail(int(match[1]) - 1, 1)
+            rows = await self.tail(after=int(match[1]) - 1, limit=1)
             if rows and rows[0].seq == int(match[1]) and rows[0].sha256.startswith(match[2] or ""):
                 return rows[0]
         raise NotFound(
@@ -214,3 +230,15 @@ def _select(connection: sqlite3.Connection, after: int, limit: int) -> Sequence[
         (after, limit),
     )
     return [Record(**dict(row)) for row in rows]
+
+
+def _show(row: Record) -> ReceiptRow:
+    return ReceiptRow(
+        seq=row.seq,
+        id=row.id,
+        at_ms=row.at_ms,
+        kind=row.kind,
+        body=json.loads(row.body),
+        prev_sha256=row.prev_sha256,
+        sha256=row.sha256,
+    )
