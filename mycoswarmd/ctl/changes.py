@@ -1,0 +1,51 @@
+"""What a task changed: fetched, shown as a patch, and applied to a directory when the user says so."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mycoswarmd.ctl.client import Doc, segment
+from mycoswarmd.ctl.session import Session
+from mycoswarmd.ctl.workspace import apply_changes
+from mycoswarmd.errors import BadRequest
+from mycoswarmd.wire.patch import make_patch
+from mycoswarmd.wire.workspace import Entry, overlay, read_workspace
+
+
+def fetch_patch(session: Session, task: Doc) -> str:
+    """Return what a task changed as a patch; "" when nothing."""
+    changes, deleted = _changes(session, task)
+    if not changes and not deleted:
+        return ""
+    before = _before(session, task)
+    return make_patch(before, overlay(before, changes, deleted))
+
+
+def apply_task(session: Session, task: Doc, directory: Path, *, yes: bool) -> Sequence[str]:
+    """Apply a task's changes to a directory, asking first unless told not to; return the changed paths."""
+    if not yes and not session.is_interactive():
+        raise BadRequest(
+            "cannot-ask", "cannot apply changes without asking: nobody is at a terminal", hint="say --yes"
+        )
+    changes, deleted = _changes(session, task)
+    if not changes and not deleted:
+        return ()
+    count = len(changes) + len(deleted)
+    if not yes and not session.confirm(f"Apply {count} change{'s' if count > 1 else ''} to {directory}?"):
+        return ()
+    return apply_changes(directory, changes, deleted, before=_before(session, task))
+
+
+def _changes(session: Session, task: Doc) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    untrusted = session.client.get_bytes(f"{_path(task)}/changes")
+    deleted = task.get("deleted")
+    paths = tuple(str(path) for path in deleted) if isinstance(deleted, list) else ()
+    return (read_workspace(untrusted) if untrusted else ()), paths
+
+
+def _before(session: Session, task: Doc) -> tuple[Entry, ...]:
+    untrusted = session.client.get_bytes(f"{_path(task)}/workspace")
+    return read_workspace(untrusted) if untrusted else ()
+
+
+def _path(task: Doc) -> str:
+    return f"/api/tasks/{segment(str(task['id']))}"

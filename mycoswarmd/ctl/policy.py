@@ -1,0 +1,182 @@
+"""`mycoswarmctl policy`: check, test and prove a file here; explain, show and reload through the node."""
+
+import importlib
+from pathlib import Path
+
+from mycoswarmd.ctl.client import Doc
+from mycoswarmd.ctl.plain import examples, make_app, typer
+from mycoswarmd.ctl.screen import line
+from mycoswarmd.ctl.session import JSON, Session, begin, guarded
+from mycoswarmd.errors import Denied, Unreachable
+
+policy_app = make_app("Check, test, prove, explain, show and reload the policy.")
+
+_FALLBACK = Path("/etc/mycoswarm/policy.toml")
+_FILE = typer.Argument(None, metavar="[FILE]", help="A policy file. Default: the node's.")
+# Loaded only here: reading a policy needs modules that no other command needs.
+_READER = "mycoswarmd.ctl.policyfile"
+
+
+@policy_app.command(
+    "check", epilog=examples("mycoswarmctl policy check", "mycoswarmctl policy check ./policy.toml --json")
+)
+@guarded
+def check(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
+    """Check a file as the node would: syntax, names, tests, proofs. Changes nothing."""
+    session = begin(ctx, as_json=as_json)
+    report: Doc = importlib.import_module(_READER).check(_path(session, file))
+    if as_json:
+        session.document(report)
+        return
+    for warning in report["warnings"]:
+        session.aside(f"warning: {warning['text']}")
+    passed, proved = len(report["tests"]), len(report["proofs"])
+    counts = f"{report['rules']} rules, {passed} tests passed, {proved} invariants proved"
+    print(f"{session.paint('green', 'valid')}: policy {line(report['name'])}: {counts}")
+
+
+@policy_app.command("test", epilog=examples("mycoswarmctl policy test ./policy.toml"))
+@guarded
+def run_tests(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
+    """Run the [[test]] cases of a file; exit 1 when one fails."""
+    session = begin(ctx, as_json=as_json)
+    report: Doc = importlib.import_module(_READER).run_cases(_path(session, file))
+    if as_json:
+        session.document(report)
+    else:
+        for row in report["tests"]:
+            mark = session.paint("green", "pass") if row["ok"] else session.paint("red", "FAIL")
+            said = "" if row["ok"] else f": expected {line(row['expected'])}, got {line(row['actual'])}"
+            print(f"{mark}  {line(row['name'])}{said}")
+        session.aside(f"{report['passed']} of {len(report['tests'])} passed")
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@policy_app.command("prove", epilog=examples("mycoswarmctl policy prove ./policy.toml"))
+@guarded
+def prove(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
+    """Prove each invariant of a file over all requests, or print the request that breaks it."""
+    session = begin(ctx, as_json=as_json)
+    report: Doc = importlib.import_module(_READER).prove_all(_path(session, file))
+    if as_json:
+        session.document(report)
+    else:
+        for row in report["proofs"]:
+            if row["holds"]:
+                mark, said = session.paint("green", "proved"), f"over {row['points']:,} requests"
+            else:
+                mark, said = session.paint("red", "BROKEN"), f"by {line(row['counterexample'])}"
+            print(f"{mark}  {line(row['invariant'])} {said}")
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+@policy_app.command(
+    "explain",
+    epilog=examples(
+        "mycoswarmctl policy explain --action infer --model gpt-4o --label private",
+        "mycoswarmctl policy explain --action infer --zone cloud --dest bigcloud --label public",
+        "mycoswarmctl policy explain --action tool --tool run --agent coder --tainted",
+    ),
+)
+@guarded
+def explain(
+    ctx: typer.Context,
+    action: str = typer.Option(..., "--action", metavar="ACTION", help="infer, tool, task or admin."),
+    label: str = typer.Option(None, "--label", metavar="LABEL", help="Default: the policy's default."),
+    model: str = typer.Option(None, "--model", metavar="NAME", help="Name of the model asked for."),
+    origin: str = typer.Option(None, "--origin", metavar="NAME", help="Who asks. Default: you."),
+    start: str = typer.Option(None, "--from", metavar="START", help="local or peer. Default: local."),
+    zone: str = typer.Option(
+        None, "--zone", metavar="ZONE", help="self, lan or cloud; without one, infer shows every candidate."
+    ),
+    dest: str = typer.Option(None, "--dest", metavar="NAME", help="A declared destination, or web:HOST."),
+    tool: str = typer.Option(None, "--tool", metavar="NAME", help="Which tool."),
+    agent: str = typer.Option(None, "--agent", metavar="NAME", help="Whose task, or which agent it is for."),
+    tainted: bool = typer.Option(False, "--tainted", help="After untrusted input was taken in."),
+    as_json: bool = JSON,
+) -> None:
+    """Say what would be decided, by which rule, and what each other rule lacked. Does nothing."""
+    session = begin(ctx, as_json=as_json)
+    given = {
+        "action": action,
+        "label": label,
+        "model": model,
+        "origin": origin,
+        "from": start,
+        "zone": zone,
+        "dest": dest,
+        "tool": tool,
+        "agent": agent,
+        "tainted": tainted or None,
+    }
+    body = {key: value for key, value in given.items() if value is not None}
+    answer = session.client.post("/api/policy/explain", body)
+    if as_json:
+        session.document(answer)
+    else:
+        _explanation(session, answer)
+
+
+@policy_app.command("show")
+@guarded
+def show(ctx: typer.Context, as_json: bool = JSON) -> None:
+    """Print the policy in force on the node."""
+    session = begin(ctx, as_json=as_json)
+    answer = session.client.get("/api/policy")
+    if as_json:
+        session.document(answer)
+        return
+    session.aside(f"# {answer.get('path') or 'no file'} (sha256 {str(answer.get('sha256', ''))[:12]})")
+    if answer.get("problem"):
+        session.aside(f"# problem: {answer['problem']}")
+    session.text(str(answer.get("text", "")).rstrip("\n"))
+
+
+@policy_app.command("reload")
+@guarded
+def reload(ctx: typer.Context, as_json: bool = JSON) -> None:
+    """Have the node read its policy file again; print the requests that are now decided differently."""
+    session = begin(ctx, as_json=as_json)
+    answer = session.client.post("/api/policy/reload")
+    if as_json:
+        session.document(answer)
+        return
+    for warning in answer.get("warnings") or []:
+        session.aside(f"warning: {warning}")
+    for change in answer.get("changed") or []:
+        session.text(change)
+    session.aside(f"in force: sha256 {str(answer.get('sha256', ''))[:12]}")
+    if not answer.get("changed"):
+        session.aside("no decision changed")
+
+
+def _path(session: Session, file: Path | None) -> Path:
+    if file is not None:
+        return file
+    try:
+        named = session.client.get("/api/policy").get("path")
+    except (Unreachable, Denied):
+        named = None
+    return Path(str(named)) if named else _FALLBACK
+
+
+def _explanation(session: Session, answer: Doc) -> None:
+    decision = str(answer.get("decision", ""))
+    colour = {"allow": "green", "ask": "yellow"}.get(decision, "red")
+    where = f" ({line(answer['where'])})" if answer.get("where") else ""
+    print(f"{session.paint(colour, line(decision))} by rule {line(answer.get('rule', ''))}{where}")
+    if answer.get("why"):
+        print(f"  {line(answer['why'])}")
+    for row in answer.get("lacking") or []:
+        missing = "; ".join(line(part) for part in row.get("missing") or [])
+        name = session.paint("dim", line(row.get("rule")))
+        print(f"  {name} ({line(row.get('effect'))}) lacked: {missing}")
+    keys = ("node", "engine", "model", "zone", "decision", "rule")
+    rows = [[row.get(key) for key in keys] for row in answer.get("candidates") or []]
+    if rows:
+        print()
+        session.table([key.upper() for key in keys], rows, empty="")
+    elif "candidates" in answer:
+        session.aside("no engine offers this model: it would be refused as unknown")
