@@ -7,8 +7,9 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def names(connection: sqlite3.Connection) -> list[str]:
 
 
 async def code_of_open(path: Path) -> str:
-    with pytest.raises(StoreError, match="^cannot") as caught:
+    with pytest.raises(StoreError, match="cannot") as caught:
         await Database(path).open()
     return caught.value.code
 
@@ -360,37 +361,18 @@ async def test_closing_settles_what_waits(db: Database, path: Path) -> None:
 # -- a full disk ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0 and "CI" not in os.environ:
-        pytest.skip("needs root to mount a small file system")
-    mount = tmp_path / "small"
-    mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], check=True)
-    yield mount
-    subprocess.run(["umount", mount], check=True)
-
-
-async def test_a_full_disk_fails_the_commit_and_heals(small_disk: Path) -> None:
-    database = Database(small_disk / "state" / "mycoswarm.db")
+async def test_a_full_disk_fails_the_commit_and_heals(small_disk: Any) -> None:
+    database = Database(small_disk.mount / "state" / "mycoswarm.db")
     await database.open()
     await database.run(writing("kept"))
-    ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"x" * 4096)
-        except OSError as exc:
-            assert exc.errno == 28
-    failed = 0
+    small_disk.fill()
+    failures: list[StoreError] = []
     for n in range(40):
         try:
             await database.run(writing(f"n-{n:02}"))
         except StoreError as exc:
-            assert exc.code == "disk-full"
-            assert "free" in exc.hint
-            failed += 1
-    assert failed > 0
+            failures.append(exc)
+    assert {(exc.code, exc.hint.split(" ")[0]) for exc in failures} == {("disk-full", "free")}
     together: list[str] = []
 
     async def call(n: int) -> None:
@@ -405,8 +387,8 @@ async def test_a_full_disk_fails_the_commit_and_heals(small_disk: Path) -> None:
     assert together == ["disk-full"] * 10
     kept = await database.read(names)
     assert "kept" in kept
-    assert len(kept) == 41 - failed
-    ballast.unlink()
+    assert len(kept) == 41 - len(failures)
+    small_disk.empty()
     await database.run(writing("after"))
     await database.close()
     again = Database(database.path)

@@ -1,12 +1,11 @@
 """The receipt log: chained at once, durable when asked, refused while the disk refuses, and verified."""
 
 import asyncio
-import os
 import sqlite3
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -230,7 +229,7 @@ async def test_the_running_node_notices_a_record_it_did_not_write(
 ) -> None:
     await log.durable(log.append("decision", {}))
     foreign = "INSERT INTO receipts SELECT 2, at_ms, kind, body, prev_sha256, sha256 FROM receipts"
-    await db.run(lambda connection: connection.execute(foreign) and None)
+    await db.run(executing(foreign))
     result = await log.verify()
     assert (result.ok, result.bad_seq, result.reason[:9]) == (False, 2, "displaced")
 
@@ -239,7 +238,7 @@ async def test_the_program_itself_cannot_change_a_record(log: SqliteReceiptLog, 
     await log.durable(log.append("decision", {}))
     for statement in ("UPDATE receipts SET at_ms = 1", "DELETE FROM receipts"):
         with pytest.raises(StoreError, match="append only"):
-            await db.run(lambda connection, said=statement: connection.execute(said) and None)
+            await db.run(executing(statement))
 
 
 async def test_a_head_that_is_none_is_refused(log: SqliteReceiptLog) -> None:
@@ -247,47 +246,45 @@ async def test_a_head_that_is_none_is_refused(log: SqliteReceiptLog) -> None:
         await log.verify("not a head")
 
 
+def executing(statement: str) -> Callable[[sqlite3.Connection], None]:
+    def fn(connection: sqlite3.Connection) -> None:
+        connection.execute(statement)
+
+    return fn
+
+
+async def healed(log: SqliteReceiptLog) -> None:
+    async with asyncio.timeout(10):
+        while log.problem is not None:
+            await asyncio.sleep(0.05)
+
+
+async def append_many(log: SqliteReceiptLog) -> None:
+    for n in range(1_000):
+        await log.durable(log.append("decision", {"n": n, "fill": "x" * 4_000}))
+
+
 # -- a full disk ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0 and "CI" not in os.environ:
-        pytest.skip("needs root to mount a small file system")
-    mount = tmp_path / "small"
-    mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], check=True)
-    yield mount
-    subprocess.run(["umount", mount], check=True)
-
-
-async def test_without_room_there_is_no_receipt_and_with_room_none_is_missing(small_disk: Path) -> None:
-    db = Database(small_disk / "state" / "mycoswarm.db")
+async def test_without_room_there_is_no_receipt_and_with_room_none_is_missing(small_disk: Any) -> None:
+    db = Database(small_disk.mount / "state" / "mycoswarm.db")
     await db.open()
     log = make_log(db)
     await log.load()
     await log.durable(log.append("decision", {"n": "first"}))
-    ballast = small_disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"x" * 4096)
-        except OSError as exc:
-            assert exc.errno == 28
+    small_disk.fill()
     async with asyncio.TaskGroup() as group:
         runner = group.create_task(log.run())
         with pytest.raises(StoreError) as caught:
-            for n in range(1_000):
-                await log.durable(log.append("decision", {"n": n, "fill": "x" * 4_000}))
+            await append_many(log)
         assert caught.value.code == "receipts-unwritable"
         assert "full" in caught.value.message
         with pytest.raises(StoreError, match="receipts-unwritable"):
             log.append("decision", {})
         assert log.problem is not None
-        ballast.unlink()
-        async with asyncio.timeout(10):
-            while log.problem is not None:
-                await asyncio.sleep(0.05)
+        small_disk.empty()
+        await healed(log)
         await log.durable(log.append("decision", {"n": "last"}))
         runner.cancel()
     head = await log.head()

@@ -207,8 +207,7 @@ async def test_two_claims_never_get_the_same_task(store: SqliteTaskStore) -> Non
     got: list[str | None] = []
 
     async def worker() -> None:
-        for _ in range(5):
-            got.append(await claimed(store))
+        got.extend([await claimed(store) for _ in range(5)])
 
     async with asyncio.TaskGroup() as group:
         for _ in range(10):
@@ -334,6 +333,7 @@ async def test_labels_rise_taint_spreads_and_counts_grow(store: SqliteTaskStore)
     await put(store, "a", make_spec(label="private"))
     await claimed(store)
     seen = []
+    task = await store.get(TaskId("a"))
     for label, tainted in (("public", None), (None, True), ("secret", False), ("private", None)):
         event = await store.note(
             TaskId("a"),
@@ -435,7 +435,7 @@ async def test_recovery_follows_the_table(store: SqliteTaskStore) -> None:
 
 async def test_a_task_that_kills_the_node_each_time_fails_in_the_end(store: SqliteTaskStore) -> None:
     await put(store, "a")
-    now_ms = 0
+    now_ms, task = 0, await store.get(TaskId("a"))
     for _ in range(MAX_ATTEMPTS):
         now_ms += LAST_RETRY_MS
         assert await claimed(store, now_ms=now_ms) == "a"
