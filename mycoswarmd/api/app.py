@@ -80,7 +80,7 @@ class Api:
             return _refusal(exc)
         except ConnectionError:  # the client is gone; there is nobody to tell
             raise
-        except (ValueError, TypeError, LookupError, AssertionError, RuntimeError, OSError):
+        except Exception:
             # A bug of ours: the log gets the traceback, the person gets neither it nor a hang.
             log.exception("a request to %s failed", request.path)
             return _refusal(MycoswarmError("internal-error", "cannot answer: an internal error, see the log"))

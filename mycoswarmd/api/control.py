@@ -262,7 +262,7 @@ async def explain(call: Call) -> StreamResponse:
 def _weighed(call: Call, request: Request) -> list[dict[str, object]]:
     prompt = Prompt(kind=PromptKind.CHAT, model=request.model or "", params={})
     speaker = Speaker(principal=request.principal, label=request.label, tainted=request.tainted)
-    rows = []
+    rows: list[dict[str, object]] = []
     for why in call.services.prompts.weigh(speaker, prompt):
         outcome = why.outcome
         decision = "allow" if isinstance(outcome, Permit) else "ask"

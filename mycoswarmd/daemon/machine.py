@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mycoswarmd import __version__
-from mycoswarmd.core.tasks import FINAL, TaskState
+from mycoswarmd.core.tasks import TaskState
 from mycoswarmd.core.types import SandboxLevel
 from mycoswarmd.daemon.policyfile import PolicyKeeper
 from mycoswarmd.daemon.settings import Settings
@@ -107,6 +107,10 @@ class NodeMachine:
 
     def _problems(self) -> list[str]:
         problems = [self._policy.problem] if self._policy.problem else []
+        if self._receipts.problem is not None:
+            problems.append(
+                f"receipts cannot be written, so nothing is answered: {self._receipts.problem.message}"
+            )
         if self._capability.level is SandboxLevel.NONE:
             problems.append("no cage can be built here: tasks will be refused (mycoswarmctl doctor)")
         problems += [
@@ -119,11 +123,8 @@ class NodeMachine:
         return problems
 
     async def _task_counts(self) -> dict[str, int]:
-        open_states = frozenset(set(TaskState) - FINAL)
-        counts = {state.value: 0 for state in sorted(open_states)}
-        for task in await self._tasks.list(states=open_states, limit=self._settings.max_open_tasks):
-            counts[task.state.value] += 1
-        return counts
+        counts = await self._tasks.counts()
+        return {state.value: counts.get(state, 0) for state in TaskState}
 
     def _listeners(self) -> list[str]:
         listen = self._settings.listen

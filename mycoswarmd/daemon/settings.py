@@ -79,13 +79,13 @@ TABLE: tuple[_Key, ...] = (
     _Key("runtime_dir",           str,  help="where api.sock is"),
     _Key("policy",                str,  help="the policy file"),
     _Key("node_name",             str,  help="what this node is called; default: the host name"),
-    _Key("listen",                str,  help="HOST:PORT on loopback for programs with an API key, or \"none\""),
+    _Key("listen",                str,  help="loopback HOST:PORT for programs with an API key, or \"none\""),
     _Key("models_dir",            str,  help="GGUF files here are served by name"),
     _Key("managed_engine",        bool, help="whether the node runs the embedded engine itself"),
     _Key("engine_idle",           str,  help="the embedded engine stops after this long without a prompt"),
     _Key("engine_context_tokens", int,  256, 1 << 20, "context length of the embedded engine"),
     _Key("task_slots",            int,  1, 64,        "how many tasks run at a time"),
-    _Key("max_open_tasks",        int,  1, 1_000_000, "how many tasks may be open; beyond: queue full"),
+    _Key("max_open_tasks",        int,  1, 1_000_000, "open tasks beyond this: queue full"),
     _Key("approval_time",         str,  help="how long a question to a person stands before it counts as no"),
     _Key("engines",               dict, help="tables [engines.NAME]: kind, url, native_tools, concurrency"),
 )
@@ -219,8 +219,8 @@ def check_local_url(url: str, where: str, key: str) -> None:
         raise _invalid(
             where,
             key,
-            f"must be http://127.0.0.1:PORT or unix:/path, not {url!r}: an engine elsewhere is a destination, "
-            "and only the policy declares those",
+            f"must be http://127.0.0.1:PORT or unix:/path, not {url!r}: an engine elsewhere is a "
+            "destination, and only the policy declares those",
         )
 
 

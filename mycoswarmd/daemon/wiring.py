@@ -145,7 +145,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         receipts = SqliteReceiptLog(db, now_ms=clock.now_ms)
         await receipts.load()
         keeper = await asyncio.to_thread(_open_policy, settings, clock)
-        keys = SqliteKeyStore(db)
+        keys = SqliteKeyStore(db, now_ms=clock.now_ms)
         await keys.load()
 
         def rank(label: str) -> int:
@@ -221,7 +221,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             prompts.node = replace(prompts.node, tier=tier_of(host, gpus.found))
 
         api = Api(services, Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid()))
-        background = {"receipts": receipts.run, "tasks": tasks.run, "gpus": look_at_gpus}
+        background = {"receipts": receipts.run, "keys": keys.run, "tasks": tasks.run, "gpus": look_at_gpus}
         background |= {f"engine:{engine.name}": engine.run for engine in engines}
         await stack.enter_async_context(_in_background(background))
         await policy_desk.record("started")

@@ -169,7 +169,7 @@ class Attempt:
             is_last = start + MAX_PAYLOAD_BYTES >= len(data)
             await cage.send(Frame(FrameType.WORKSPACE, {"last": is_last}, piece))
         info = next((info for info in self.prompts.models() if info.name == self.model), None)
-        job = {
+        job: dict[str, object] = {
             "task": self.task.id,
             "prompt": self.task.spec.prompt,
             "model": self.model,
@@ -277,7 +277,7 @@ class Attempt:
 
     async def _tool(self, frame: Frame) -> Frame:
         number = get_int(frame.body, "id", where="tool")
-        tool = get_str(frame.body, "tool", where="tool")
+        tool = _clip(get_str(frame.body, "tool", where="tool"))
         arguments = json.dumps(get_object(frame.body, "arguments", where="tool"), sort_keys=True)
         await self._note("tool", {"id": number, "tool": tool, "arguments": _clip(arguments)})
         if tool not in TOOLS:
@@ -327,7 +327,7 @@ class Attempt:
         await self._note("note", {"text": f"{tool} takes untrusted input: the task is tainted"}, tainted=True)
 
     async def _tool_done(self, frame: Frame) -> None:
-        tool = get_str(frame.body, "tool", where="tool-done")[:80]
+        tool = _clip(get_str(frame.body, "tool", where="tool-done"))[:80]
         facts: dict[str, object] = {
             "id": get_int(frame.body, "id", where="tool-done"),
             "tool": tool,
@@ -343,10 +343,12 @@ class Attempt:
 
     async def _result(self, frame: Frame, untrusted_changes: bytes) -> AttemptEnd:
         ok = get_str(frame.body, "state", where="result") == TaskState.SUCCEEDED.value
-        code = get_str(frame.body, "code", where="result")[:80]
+        code = _clip(get_str(frame.body, "code", where="result"))[:80]
         summary = _clip(get_str(frame.body, "summary", where="result"))
         deleted = frame.body.get("deleted")
-        paths = [path for path in deleted if isinstance(path, str)] if isinstance(deleted, list) else []
+        paths = (
+            [_clip(path) for path in deleted if isinstance(path, str)] if isinstance(deleted, list) else []
+        )
         changes = None
         if untrusted_changes:
             entries = await asyncio.to_thread(read_workspace, untrusted_changes)
@@ -393,6 +395,8 @@ def _no(exc: MycoswarmError) -> dict[str, object]:
     return {"decision": "deny", "rule": rule, "why": exc.message, "code": exc.code}
 
 
-def _clip(text: str) -> str:
-    data = text.encode("utf-8", "replace")
-    return text if len(data) <= _TEXT_BYTES else data[:_TEXT_BYTES].decode("utf-8", "ignore") + " […]"
+def _clip(untrusted: str) -> str:
+    """Bound a text and make it storable: a lone surrogate is legal in JSON and in nothing else."""
+    data = untrusted.encode("utf-8", "replace")
+    more = "" if len(data) <= _TEXT_BYTES else " […]"
+    return data[:_TEXT_BYTES].decode("utf-8", "ignore") + more

@@ -230,7 +230,7 @@ class Prompts:
             if isinstance(asked, int) and asked > limits.max_tokens:
                 raise BadRequest(
                     "over-limit",
-                    f"cannot answer with up to {asked} tokens: rule {permit.rule!r} allows {limits.max_tokens}",
+                    f"cannot answer with {asked} tokens: rule {permit.rule!r} allows {limits.max_tokens}",
                     where="max_tokens",
                 )
             params = {**prompt.params, "max_tokens": asked or limits.max_tokens}

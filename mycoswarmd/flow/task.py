@@ -209,11 +209,11 @@ class Tasks:
                 try:
                     await self._end_overdue()
                     while len(self._running) < self._bounds.slots:
-                        task = await self._store.claim(now_ms=self._clock.now_ms())
-                        if task is None:
+                        claimed = await self._store.claim(now_ms=self._clock.now_ms())
+                        if claimed is None:
                             break
-                        running = self._running[task.id] = _Running(task.attempt)
-                        group.create_task(self._attempt(task, running), name=f"task:{task.id}")
+                        running = self._running[claimed.id] = _Running(claimed.attempt)
+                        group.create_task(self._attempt(claimed, running), name=f"task:{claimed.id}")
                         await self.tell()
                 except StoreError as exc:
                     log.error("cannot look for work: %s", exc)  # noqa: TRY400 - no traceback for a full disk
@@ -229,6 +229,10 @@ class Tasks:
             await self._write_end(task, end)
         except Suspended:
             log.info("task %s waits for approval; its cage is closed", task.id)
+        except Exception:  # a bug of ours costs this task, not the node
+            log.exception("task %s", task.id)
+            end = AttemptEnd(TaskState.FAILED, "internal-error", "an internal error, see the log")
+            await self._write_end(task, end)
         finally:
             del self._running[task.id]
             self._work.set()
@@ -239,7 +243,11 @@ class Tasks:
         profile = policy.agents.get(task.spec.agent) if policy is not None else None
         if policy is None or profile is None:
             return AttemptEnd(TaskState.FAILED, "unknown-agent", "the policy no longer has this agent")
-        speaker = Speaker(principal=Principal(agent=profile.name), label=task.label, task_id=task.id)
+        if running.ended_by is not None:  # cancelled before it began
+            return running.ended_by
+        speaker = Speaker(
+            principal=Principal(agent=profile.name), label=task.label, tainted=task.tainted, task_id=task.id
+        )
         try:
             async with asyncio.timeout(self._time_left_s(task, profile.limits.wall_s)) as running.scope:
                 attempt = Attempt(
