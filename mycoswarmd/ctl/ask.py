@@ -4,8 +4,8 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 
-from mycoswarmd.ctl.client import Doc, to_error
 from mycoswarmd.ctl.plain import examples, typer
+from mycoswarmd.ctl.refusals import Doc, to_error
 from mycoswarmd.ctl.screen import clean, line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.errors import BadRequest, EngineError, MycoswarmError, NotFound
@@ -34,7 +34,10 @@ def ask(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Ask a model one question and print the answer as it comes."""
+    """Ask a model one question.
+
+    The answer is printed as it comes.
+    """
     session = begin(ctx, as_json=as_json)
     text = read_prompt(prompt)
     name = model or first_model(session)

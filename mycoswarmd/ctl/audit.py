@@ -3,13 +3,14 @@
 import json
 import time
 
-from mycoswarmd.ctl.client import Doc, segment
+from mycoswarmd.ctl.client import segment
 from mycoswarmd.ctl.plain import examples, make_app, typer
+from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import clip, line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.ctl.tasks import at
 
-audit_app = make_app("Read and verify the receipts: the durable, hash-chained record of every decision.")
+audit_app = make_app("Read and verify the receipts of decisions.")
 
 _EVERY_S = 0.5
 _WIDE = 160
@@ -75,7 +76,9 @@ def verify(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Walk the whole chain; exit 1 when a record was changed, removed or swapped.
+    """Verify the whole chain.
+
+    Exit 1 when a record was changed, removed or swapped.
 
     A chain cut off at its end is found only against a head that was kept elsewhere: see `audit head`.
     """
@@ -96,7 +99,10 @@ def verify(
 @audit_app.command("head", epilog=examples("mycoswarmctl audit head | ssh backup 'cat >> heads'"))
 @guarded
 def head(ctx: typer.Context, as_json: bool = JSON) -> None:
-    """Print the newest receipt's id and hash, to be kept elsewhere."""
+    """Print the newest id and hash.
+
+    Kept elsewhere, it shows later whether the end of the chain was cut off.
+    """
     session = begin(ctx, as_json=as_json)
     answer = session.client.get("/api/receipts/head")
     if as_json:

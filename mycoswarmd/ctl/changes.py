@@ -1,14 +1,30 @@
-"""What a task changed: fetched, shown as a patch, and applied to a directory when the user says so."""
+"""Workspaces: packed and sent; what a task changed fetched, shown as a patch, applied when the user says so.
 
+Loaded by the commands that need it by name: reading tars and comparing files costs
+`--help` time that it does not have.
+"""
+
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from mycoswarmd.ctl.client import Doc, segment
+from mycoswarmd.ctl.client import segment
+from mycoswarmd.ctl.refusals import Doc
+from mycoswarmd.ctl.screen import size
 from mycoswarmd.ctl.session import Session
-from mycoswarmd.ctl.workspace import apply_changes
+from mycoswarmd.ctl.workspace import apply_changes, pack_directory
 from mycoswarmd.errors import BadRequest
 from mycoswarmd.wire.patch import make_patch
 from mycoswarmd.wire.workspace import Entry, overlay, read_workspace
+
+
+def send_workspace(session: Session, directory: Path) -> str:
+    """Send a copy of a directory to the node and return its hash."""
+    tar = pack_directory(directory)
+    session.aside(f"sending a copy of {directory} ({size(len(tar))})")
+    digest = hashlib.sha256(tar).hexdigest()
+    session.client.put_bytes(f"/api/blobs/{digest}", tar)
+    return digest
 
 
 def fetch_patch(session: Session, task: Doc) -> str:

@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator
 
 from mycoswarmd.core.tasks import FINAL
-from mycoswarmd.ctl.client import Doc, segment
+from mycoswarmd.ctl.client import segment
+from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.session import Session
 from mycoswarmd.ctl.transcript import asked, render
 from mycoswarmd.errors import Conflict, Denied, NotFound, Unreachable
 
+# What deals with workspaces and patches; see there why it is loaded by name.
+CHANGES = "mycoswarmd.ctl.changes"
 # A restart takes 1.5 s, after an upgrade a minute; 40 tries are about 75 s.
 _TRIES = 40
 _FIRST_WAIT_S = 0.1

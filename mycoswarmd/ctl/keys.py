@@ -5,7 +5,7 @@ from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.session import JSON, begin, guarded
 from mycoswarmd.ctl.tasks import at
 
-keys_app = make_app("Make, list and revoke API keys for local programs (http://127.0.0.1:7436/v1).")
+keys_app = make_app("Make, list and revoke API keys.")
 
 
 @keys_app.command("create", epilog=examples("export OPENAI_API_KEY=$(mycoswarmctl keys create editor)"))
@@ -15,7 +15,10 @@ def create(
     name: str = typer.Argument(..., metavar="NAME", help="Name of the program, for the policy's origins."),
     as_json: bool = JSON,
 ) -> None:
-    """Create a key and print its secret, this once."""
+    """Create a key; print its secret, this once.
+
+    For programs on this machine that speak the OpenAI API at http://127.0.0.1:7436/v1.
+    """
     session = begin(ctx, as_json=as_json)
     answer = session.client.post("/api/keys", {"name": name})
     if as_json:
@@ -28,7 +31,7 @@ def create(
 @keys_app.command("list")
 @guarded
 def show(ctx: typer.Context, as_json: bool = JSON) -> None:
-    """List keys, also revoked ones; secrets are not stored."""
+    """List keys, also revoked ones."""
     session = begin(ctx, as_json=as_json)
     answer = session.client.get("/api/keys")
     if as_json:
@@ -54,7 +57,7 @@ def revoke(
     name: str = typer.Argument(..., metavar="NAME", help="Name or id of the key."),
     as_json: bool = JSON,
 ) -> None:
-    """Revoke a key; it is refused from now on."""
+    """Revoke a key, at once."""
     session = begin(ctx, as_json=as_json)
     answer = session.client.delete(f"/api/keys/{segment(name)}")
     if as_json:

@@ -14,7 +14,7 @@ from mycoswarmd.ctl.session import Session, drop_stdout
 _HELP = """Ask models, give tasks to agents and look after a mycoswarm node.
 
 Exit codes: 0 ok, 1 failed, 2 usage, 3 denied by the policy, 4 cannot reach the daemon."""
-_ENGINE_HELP = "Install the embedded engine and a small model."
+_ENGINE_HELP = "Install an engine and a small model."
 
 
 def make_ctl(argv: list[str]) -> typer.Typer:

@@ -4,8 +4,8 @@ import sys
 import time
 
 from mycoswarmd import __version__
-from mycoswarmd.ctl.client import Doc
 from mycoswarmd.ctl.plain import examples, typer
+from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line, size, span
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.errors import Unreachable
@@ -26,7 +26,10 @@ def status(
     security: bool = typer.Option(False, "--security", help="Also show what the kernel enforces here."),
     as_json: bool = JSON,
 ) -> None:
-    """Show how the node is: policy, engines, tasks, receipts, sandbox."""
+    """Show how the node is.
+
+    Policy, engines, tasks, receipts, sandbox.
+    """
     session = begin(ctx, as_json=as_json)
     while True:
         answer = session.client.get("/api/status")
@@ -46,7 +49,7 @@ def status(
 
 @guarded
 def models(ctx: typer.Context, as_json: bool = JSON) -> None:
-    """List the models that prompts can be sent to, and where each would go."""
+    """List models and where prompts to them go."""
     session = begin(ctx, as_json=as_json)
     answer = session.client.get("/api/models")
     if as_json:
@@ -71,7 +74,10 @@ def models(ctx: typer.Context, as_json: bool = JSON) -> None:
 
 @guarded
 def doctor(ctx: typer.Context, as_json: bool = JSON) -> None:
-    """Check this machine and the node; say what is missing or weak and how to mend it."""
+    """Check this machine and the node.
+
+    Says what is missing or weak and how to mend it; exit 1 when something fails.
+    """
     session = begin(ctx, as_json=as_json)
     answer = session.client.get("/api/doctor")
     checks = answer.get("checks", [])
@@ -91,7 +97,10 @@ def doctor(ctx: typer.Context, as_json: bool = JSON) -> None:
 
 @guarded
 def version(ctx: typer.Context, as_json: bool = JSON) -> None:
-    """Print the version of this command, and of the node when it runs."""
+    """Print versions.
+
+    That of this command, and that of the node when it runs.
+    """
     session = begin(ctx, as_json=as_json)
     try:
         node = str(session.client.get("/api/status").get("version", "")) or None

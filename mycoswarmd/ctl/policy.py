@@ -3,8 +3,8 @@
 import importlib
 from pathlib import Path
 
-from mycoswarmd.ctl.client import Doc
 from mycoswarmd.ctl.plain import examples, make_app, typer
+from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.errors import Denied, Unreachable
@@ -22,7 +22,10 @@ _READER = "mycoswarmd.ctl.policyfile"
 )
 @guarded
 def check(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
-    """Check a file as the node would: syntax, names, tests, proofs. Changes nothing."""
+    """Check a file as the node would.
+
+    Syntax, names, tests and proofs; changes nothing. Exit 1 when anything is wrong.
+    """
     session = begin(ctx, as_json=as_json)
     report: Doc = importlib.import_module(_READER).check(_path(session, file))
     if as_json:
@@ -38,7 +41,10 @@ def check(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
 @policy_app.command("test", epilog=examples("mycoswarmctl policy test ./policy.toml"))
 @guarded
 def run_tests(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
-    """Run the [[test]] cases of a file; exit 1 when one fails."""
+    """Run the [[test]] cases of a file.
+
+    Exit 1 when one fails.
+    """
     session = begin(ctx, as_json=as_json)
     report: Doc = importlib.import_module(_READER).run_cases(_path(session, file))
     if as_json:
@@ -56,7 +62,10 @@ def run_tests(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> N
 @policy_app.command("prove", epilog=examples("mycoswarmctl policy prove ./policy.toml"))
 @guarded
 def prove(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
-    """Prove each invariant of a file over all requests, or print the request that breaks it."""
+    """Prove the invariants of a file.
+
+    Over all requests; or print the request that breaks one, and exit 1.
+    """
     session = begin(ctx, as_json=as_json)
     report: Doc = importlib.import_module(_READER).prove_all(_path(session, file))
     if as_json:
@@ -97,7 +106,10 @@ def explain(
     tainted: bool = typer.Option(False, "--tainted", help="After untrusted input was taken in."),
     as_json: bool = JSON,
 ) -> None:
-    """Say what would be decided, by which rule, and what each other rule lacked. Does nothing."""
+    """Say what would be decided, and why.
+
+    By which rule, and what each other rule lacked; for infer without a zone, for each engine. Does nothing.
+    """
     session = begin(ctx, as_json=as_json)
     given = {
         "action": action,
@@ -137,7 +149,10 @@ def show(ctx: typer.Context, as_json: bool = JSON) -> None:
 @policy_app.command("reload")
 @guarded
 def reload(ctx: typer.Context, as_json: bool = JSON) -> None:
-    """Have the node read its policy file again; print the requests that are now decided differently."""
+    """Have the node read its file again.
+
+    Prints the requests that are now decided differently. A bad file is refused and the old policy kept.
+    """
     session = begin(ctx, as_json=as_json)
     answer = session.client.post("/api/policy/reload")
     if as_json:

@@ -1,6 +1,6 @@
 """`run` and `submit`: give a task to an agent; `run` follows it and shows what came of it."""
 
-import hashlib
+import importlib
 import re
 import secrets
 import sys
@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mycoswarmd.ctl.ask import read_prompt
-from mycoswarmd.ctl.changes import apply_task, fetch_patch
-from mycoswarmd.ctl.client import Doc, segment
-from mycoswarmd.ctl.follow import follow, show, wait
+from mycoswarmd.ctl.client import segment
+from mycoswarmd.ctl.follow import CHANGES, follow, show, wait
 from mycoswarmd.ctl.plain import examples, typer
-from mycoswarmd.ctl.screen import line, size
+from mycoswarmd.ctl.refusals import Doc
+from mycoswarmd.ctl.screen import line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.ctl.workspace import pack_directory
 from mycoswarmd.errors import BadRequest, Denied, Unreachable
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -71,7 +70,9 @@ def run(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Give a task to an agent, follow it live and show what it changed.
+    """Give a task to an agent and follow it.
+
+    The result and a patch of what it changed are shown; the workspace itself is changed only with --apply.
 
     Exit code: 0 succeeded; 1 failed, cancelled, expired or parked; 3 refused by the policy; 130 after
     Ctrl-C, and the task goes on.
@@ -109,7 +110,10 @@ def submit(
     once: bool = _ONCE,
     as_json: bool = JSON,
 ) -> None:
-    """Give a task to an agent and print its id; the task runs on its own."""
+    """Give a task to an agent; print its id.
+
+    The task runs on its own: see tasks, logs, apply.
+    """
     session = begin(ctx, as_json=as_json)
     task = _submit(session, _fields(prompt, label, model, priority, deadline, once=once), agent, workspace)
     if as_json:
@@ -149,11 +153,7 @@ def _fields(
 def _submit(session: Session, fields: Doc, agent: str | None, workspace: Path | None) -> Doc:
     fields["agent"] = agent or _only_agent(session)
     if workspace is not None:
-        tar = pack_directory(workspace)
-        session.aside(f"sending a copy of {workspace} ({size(len(tar))})")
-        digest = hashlib.sha256(tar).hexdigest()
-        session.client.put_bytes(f"/api/blobs/{digest}", tar)
-        fields["workspace"] = digest
+        fields["workspace"] = importlib.import_module(CHANGES).send_workspace(session, workspace)
     # With a key, sending it again after a lost connection makes no second task.
     fields["idempotency_key"] = f"ctl-{secrets.token_hex(16)}"
     task: Doc = _post_until_answered(session, fields)["task"]
@@ -202,12 +202,13 @@ def _goes_on(session: Session, task: Doc) -> None:
 
 
 def _finish(session: Session, task: Doc, apply_to: Path | None, *, yes: bool) -> None:
-    patch = fetch_patch(session, task)
+    changes = importlib.import_module(CHANGES)
+    patch: str = changes.fetch_patch(session, task)
     applied: list[str] = []
     if not session.as_json:
         _report(session, task, patch)
     if patch and apply_to is not None and task.get("state") == "succeeded":
-        applied = list(apply_task(session, task, apply_to, yes=yes))
+        applied = list(changes.apply_task(session, task, apply_to, yes=yes))
         session.aside(f"applied to {apply_to}: {', '.join(applied)}" if applied else "not applied")
     elif patch:
         session.aside(f"nothing was applied; to do so: mycoswarmctl apply {task['id']} --workspace DIR")

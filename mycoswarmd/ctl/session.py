@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from mycoswarmd.ctl.client import Client, Doc, segment
+from mycoswarmd.ctl.client import Client, segment
 from mycoswarmd.ctl.place import find_socket
 from mycoswarmd.ctl.plain import typer
+from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import Paint, clean, columns, line, terminal_width, wants_colour
 from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, NotFound, PolicyInvalid
 

@@ -1,14 +1,15 @@
 """Commands about tasks that exist: tasks, task, logs, cancel, retry, apply, approvals, approve."""
 
+import importlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mycoswarmd.core.tasks import TaskState
-from mycoswarmd.ctl.changes import apply_task, fetch_patch
-from mycoswarmd.ctl.client import Doc, segment
-from mycoswarmd.ctl.follow import follow, show
+from mycoswarmd.ctl.client import segment
+from mycoswarmd.ctl.follow import CHANGES, follow, show
 from mycoswarmd.ctl.plain import examples, typer
+from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.ctl.transcript import asked
 from mycoswarmd.errors import BadRequest, MycoswarmError, NotFound
@@ -35,7 +36,7 @@ def tasks(
 ) -> None:
     """List tasks, the newest first."""
     session = begin(ctx, as_json=as_json)
-    if state is not None and state not in list(TaskState):
+    if state and state not in list(TaskState):
         raise BadRequest(
             "unknown-state", f"cannot list tasks in state {state!r}", hint=f"one of {', '.join(TaskState)}"
         )
@@ -67,14 +68,17 @@ def task(
     patch: bool = typer.Option(False, "--patch", help="Print only what it changed, as a patch."),
     as_json: bool = JSON,
 ) -> None:
-    """Show one task: state, result, what it changed and what it waits for."""
+    """Show one task.
+
+    Its state, result, and what it waits for; with --patch, what it changed.
+    """
     session = begin(ctx, as_json=as_json)
     answer = session.client.get(f"/api/tasks/{segment(session.task_id(task_id))}")
     found: Doc = answer["task"]
+    text: str = importlib.import_module(CHANGES).fetch_patch(session, found) if patch else ""
     if as_json:
-        session.document({**answer, "patch": fetch_patch(session, found)} if patch else answer)
+        session.document({**answer, "patch": text} if patch else answer)
     elif patch:
-        text = fetch_patch(session, found)
         print(session.paint.patch(text), end="")
     else:
         _describe(session, found, answer.get("approvals", []))
@@ -87,7 +91,10 @@ def logs(
     is_following: bool = typer.Option(False, "--follow", "-f", help="Go on until the task has ended."),
     as_json: bool = typer.Option(False, "--json", help="Print each event as one line of JSON."),
 ) -> None:
-    """Print the transcript of a task: model calls, decisions, tool calls, results."""
+    """Print the transcript of a task.
+
+    Model calls, decisions with their rules, tool calls and results.
+    """
     session = begin(ctx, as_json=as_json)
     full_id = session.task_id(task_id)
     if is_following:
@@ -100,13 +107,16 @@ def logs(
 
 @guarded
 def cancel(ctx: typer.Context, task_id: str = _ID, as_json: bool = JSON) -> None:
-    """End a task; its cage is killed, what it changed is dropped."""
+    """End a task.
+
+    Its cage is killed; what it changed is dropped.
+    """
     _act(begin(ctx, as_json=as_json), task_id, "cancel")
 
 
 @guarded
 def retry(ctx: typer.Context, task_id: str = _ID, as_json: bool = JSON) -> None:
-    """Put a failed or parked task back into the queue."""
+    """Run a failed or parked task again."""
     _act(begin(ctx, as_json=as_json), task_id, "retry")
 
 
@@ -120,12 +130,16 @@ def apply(
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask first."),
     as_json: bool = JSON,
 ) -> None:
-    """Apply what a task changed to a directory, after showing it and asking."""
+    """Apply what a task changed to a directory.
+
+    The patch is shown first, and nothing is done before you agree.
+    """
     session = begin(ctx, as_json=as_json)
+    changes = importlib.import_module(CHANGES)
     found: Doc = session.client.get(f"/api/tasks/{segment(session.task_id(task_id))}")["task"]
     if not as_json:
-        print(session.paint.patch(fetch_patch(session, found)), end="", flush=True)
-    done = list(apply_task(session, found, workspace, yes=yes))
+        print(session.paint.patch(changes.fetch_patch(session, found)), end="", flush=True)
+    done = list(changes.apply_task(session, found, workspace, yes=yes))
     if as_json:
         session.document({"applied": done})
     else:
@@ -156,7 +170,10 @@ def approve(
     deny: bool = typer.Option(False, "--deny", help="Say no instead."),
     as_json: bool = JSON,
 ) -> None:
-    """Answer a question that a task or a prompt waits for: yes, or no with --deny."""
+    """Answer what waits for approval.
+
+    Yes, or no with --deny.
+    """
     session = begin(ctx, as_json=as_json)
     answer = _answer(session, approval_id, {"approve": not deny})
     if as_json:

@@ -6,7 +6,7 @@ Rule: everything printed here went through `clean` or `line`; most of it was wri
 import json
 from collections.abc import Callable, Mapping
 
-from mycoswarmd.ctl.client import Doc
+from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import Paint, clip, line, size, span
 
 # One event is one glance; the whole is in --json.

@@ -1,0 +1,136 @@
+"""HTTP/1.1 on a unix socket: one request on one connection, bounded, closed when its user leaves.
+
+Law: what goes wrong between here and the daemon is Unreachable (exit code 4); what the daemon answered
+is the class of its status. One connection for each request: the socket is local, and nothing is ever
+left half-read.
+"""
+
+import contextlib
+import http.client
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mycoswarmd.ctl.refusals import refusal
+from mycoswarmd.errors import LocalProtocolError, Unreachable
+
+# A unix socket answers at once or not at all; a long queue of connections is worth a moment.
+_CONNECT_S = 5.0
+_ERROR_BYTES = 1 << 20
+_PIECE_BYTES = 64 << 10
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float | None) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+        self._timeout_s = timeout_s
+
+    def connect(self) -> None:
+        """Connect to the unix socket instead of a host."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CONNECT_S)
+        self.sock.connect(str(self._path))
+        self.sock.settimeout(self._timeout_s)
+
+
+class HttpAnswer:
+    """An answer, as ctl/client.py wants it."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers: Mapping[str, str] = {key.lower(): value for key, value in response.headers.items()}
+
+    def body(self, at_most_bytes: int) -> bytes:
+        """Return the whole body; LocalProtocolError when it is larger."""
+        data = self._response.read(at_most_bytes + 1)
+        if len(data) > at_most_bytes:
+            raise _too_large(at_most_bytes)
+        self._check_end()
+        return data
+
+    def lines(self, at_most_bytes: int) -> Iterator[bytes]:
+        """Yield whole lines as they come."""
+        while line := self._response.readline(at_most_bytes + 1):
+            if len(line) > at_most_bytes:
+                raise _too_large(at_most_bytes)
+            if not line.endswith(b"\n"):
+                raise EOFError
+            yield line
+        self._check_end()
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield what comes, as it comes."""
+        while piece := self._response.read1(_PIECE_BYTES):
+            yield piece
+        self._check_end()
+
+    def _check_end(self) -> None:
+        if self._response.length:  # read(n) says nothing of a body that ended too early
+            raise EOFError
+
+
+@contextlib.contextmanager
+def open_answer(
+    path: Path,
+    method: str,
+    target: str,
+    body: bytes | None,
+    headers: Mapping[str, str],
+    *,
+    timeout_s: float | None,
+) -> Iterator[HttpAnswer]:
+    """Send a request and yield the head of its answer; an answer of 400 and above is raised."""
+    connection = _Connection(path, timeout_s)
+    try:
+        connection.connect()
+    except OSError as exc:
+        connection.close()
+        raise _not_there(path, exc) from exc
+    try:
+        # A refused upload breaks the pipe; the answer that says why is there already.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request(method, target, body, dict(headers))
+        with connection.getresponse() as response:
+            answer = HttpAnswer(response)
+            if answer.status >= 400:
+                raise refusal(answer.status, answer.body(_ERROR_BYTES))
+            yield answer
+    except TimeoutError as exc:
+        raise Unreachable(
+            "no-answer",
+            f"cannot wait longer for the daemon at {str(path)!r}",
+            hint="it may be busy: see its log",
+        ) from exc
+    except (OSError, http.client.HTTPException, EOFError) as exc:
+        raise Unreachable(
+            "connection-lost",
+            f"cannot finish: the daemon at {str(path)!r} went away in the middle",
+            hint="is it restarting? try again",
+        ) from exc
+    finally:
+        connection.close()
+
+
+def _too_large(at_most_bytes: int) -> LocalProtocolError:
+    return LocalProtocolError(
+        "bad-answer", f"cannot read the daemon's answer: more than {at_most_bytes} bytes"
+    )
+
+
+def _not_there(path: Path, exc: OSError) -> Unreachable:
+    if isinstance(exc, FileNotFoundError | ConnectionRefusedError):
+        return Unreachable(
+            "daemon-not-running",
+            f"cannot reach the daemon: nothing listens at {str(path)!r}",
+            hint="start it with `mycoswarmd run`, or say where it is with --socket or --state",
+        )
+    if isinstance(exc, PermissionError):
+        return Unreachable(
+            "socket-forbidden",
+            f"cannot reach the daemon: you may not open {str(path)!r}",
+            hint="ask its owner to add you to the group mycoswarm",
+        )
+    why = exc.strerror or str(exc)
+    return Unreachable("daemon-unreachable", f"cannot reach the daemon at {str(path)!r}: {why}")
