@@ -18,12 +18,20 @@ from mycoswarmd.wire.patch import make_patch
 from mycoswarmd.wire.workspace import Entry, overlay, read_workspace
 
 
+# A person reads ten lines; a thousand hide what matters.
+_NAMED = 10
+
+
 def send_workspace(session: Session, directory: Path) -> str:
     """Send a copy of a directory to the node and return its hash."""
-    tar = pack_directory(directory)
-    session.aside(f"sending a copy of {directory} ({size(len(tar))})")
-    digest = hashlib.sha256(tar).hexdigest()
-    session.client.put_bytes(f"/api/blobs/{digest}", tar)
+    packed = pack_directory(directory)
+    for path, reason in packed.skipped[:_NAMED]:
+        session.aside(f"left out: {path}: {reason}")
+    if len(packed.skipped) > _NAMED:
+        session.aside(f"left out: {len(packed.skipped) - _NAMED} more")
+    session.aside(f"sending a copy of {directory} ({size(len(packed.tar))})")
+    digest = hashlib.sha256(packed.tar).hexdigest()
+    session.client.put_bytes(f"/api/blobs/{digest}", packed.tar)
     return digest
 
 

@@ -13,6 +13,8 @@ from mycoswarmd.ctl.session import Session, drop_stdout
 
 _HELP = """Ask models, give tasks to agents and look after a mycoswarm node.
 
+The options below stand before the command, all others after it.
+
 Exit codes: 0 ok, 1 failed, 2 usage, 3 denied by the policy, 4 cannot reach the daemon."""
 _ENGINE_HELP = "Install an engine and a small model."
 
@@ -20,7 +22,9 @@ _ENGINE_HELP = "Install an engine and a small model."
 def make_ctl(argv: list[str]) -> typer.Typer:
     """Build the application; the installer is loaded only when the command line names it."""
     app = make_app(
-        _HELP, epilog=examples('mycoswarmctl ask "why is the sky blue?"', "mycoswarmctl run --help")
+        _HELP,
+        epilog=examples('mycoswarmctl ask "why is the sky blue?"', "mycoswarmctl run --help"),
+        completes=True,
     )
     app.callback(invoke_without_command=False)(_start)
     app.command("ask", epilog=ask.ASK_EXAMPLES)(ask.ask)
@@ -59,10 +63,20 @@ def _start(
 
 
 def _engine_app(argv: list[str]) -> typer.Typer:
-    if "engine" not in argv:
+    if _first_word(argv[1:]) != "engine":
         return make_app(_ENGINE_HELP)
     app: typer.Typer = importlib.import_module("mycoswarmd.ctl.engine_install").engine_app
     return app
+
+
+def _first_word(arguments: list[str]) -> str:
+    """Return the command: the first word that is no option and no option's value."""
+    is_value = False
+    for word in arguments:
+        if not is_value and not word.startswith("-"):
+            return word
+        is_value = word in {"--socket", "--state"}
+    return ""
 
 
 def main() -> None:

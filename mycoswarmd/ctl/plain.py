@@ -20,13 +20,13 @@ if _hidden:
     del sys.modules["rich"]
 
 
-def make_app(help_text: str, *, epilog: str | None = None) -> typer.Typer:
+def make_app(help_text: str, *, epilog: str | None = None, completes: bool = False) -> typer.Typer:
     """Make an application or a group whose help is plain text."""
     return typer.Typer(
         help=help_text,
         epilog=epilog,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=completes,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

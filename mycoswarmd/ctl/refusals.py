@@ -34,14 +34,16 @@ _CLASSES: Mapping[int, type[MycoswarmError]] = {
 }
 
 
-def refusal(status: int, untrusted: bytes) -> MycoswarmError:
-    """Turn an error answer into the class of its status."""
+def refusal(status: int, untrusted: bytes, *, receipt: str = "") -> MycoswarmError:
+    """Turn an error answer into the class of its status, with the receipt that its header names."""
     try:
         document = json.loads(untrusted)
     except (ValueError, RecursionError):
         document = None
     error = document.get("error") if isinstance(document, dict) else None
-    return to_error(status, error if isinstance(error, dict) else {})
+    made = to_error(status, error if isinstance(error, dict) else {})
+    made.receipt = receipt
+    return made
 
 
 def to_error(status: int, error: Doc) -> MycoswarmError:
@@ -60,7 +62,6 @@ def to_error(status: int, error: Doc) -> MycoswarmError:
         made = _CLASSES.get(status, LocalProtocolError)(code, message, hint=hint)
         if made.exit_code == BadRequest.exit_code:
             made.exit_code = 1  # the daemon refused what our own checks let through: no usage error
-    made.receipt = str(error.get("receipt") or "")
     return made
 
 

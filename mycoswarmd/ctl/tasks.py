@@ -19,10 +19,10 @@ _ID = typer.Argument(..., metavar="ID", help="A task's id, or the beginning of i
 TASKS_EXAMPLES = examples(
     "mycoswarmctl tasks --state waiting", "mycoswarmctl tasks --json | jq -r '.tasks[].id'"
 )
-TASK_EXAMPLES = examples("mycoswarmctl task 01hz", "mycoswarmctl task 01hz --patch | git apply")
-LOGS_EXAMPLES = examples("mycoswarmctl logs -f 01hz", "mycoswarmctl logs 01hz --json | jq .kind")
-APPLY_EXAMPLES = examples("mycoswarmctl apply 01hz --workspace .")
-APPROVE_EXAMPLES = examples("mycoswarmctl approve a-3f9c", "mycoswarmctl approve 01hz --deny")
+TASK_EXAMPLES = examples("mycoswarmctl task t-3f9c", "mycoswarmctl task t-3f9c --patch | git apply")
+LOGS_EXAMPLES = examples("mycoswarmctl logs -f t-3f9c", "mycoswarmctl logs t-3f9c --json | jq .kind")
+APPLY_EXAMPLES = examples("mycoswarmctl apply t-3f9c --workspace .")
+APPROVE_EXAMPLES = examples("mycoswarmctl approve a-51d0", "mycoswarmctl approve t-3f9c --deny")
 
 
 @guarded

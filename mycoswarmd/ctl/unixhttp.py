@@ -95,7 +95,8 @@ def open_answer(
         with connection.getresponse() as response:
             answer = HttpAnswer(response)
             if answer.status >= 400:
-                raise refusal(answer.status, answer.body(_ERROR_BYTES))
+                receipt = answer.headers.get("x-mycoswarm-receipt", "")
+                raise refusal(answer.status, answer.body(_ERROR_BYTES), receipt=receipt)
             yield answer
     except TimeoutError as exc:
         raise Unreachable(
