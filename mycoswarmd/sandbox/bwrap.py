@@ -43,7 +43,9 @@ class BubblewrapCages:
         """Start a cage and have it prove itself; CageError("cage-setup" or "cage-unproved") otherwise."""
         if not is_executable(BWRAP):
             raise CageError(
-                "cage-setup", f"cannot build a cage: {BWRAP!r} is missing", hint="install the package bubblewrap"
+                "cage-setup",
+                f"cannot build a cage: {BWRAP!r} is missing",
+                hint="install the package bubblewrap",
             )
         host = self._host = self._host or read_host()
         check_programs(spec.programs)
@@ -104,9 +106,7 @@ async def start_session(
             identity=None if identity is None else (identity.uid, identity.gid),
         )
         ours.pop_all()
-        return await BubblewrapSession.start(
-            child, near, errors_fd=errors_r, info_fd=info_r, wall_s=wall_s
-        )
+        return await BubblewrapSession.start(child, near, errors_fd=errors_r, info_fd=info_r, wall_s=wall_s)
 
 
 def render(steps: Sequence[Operation], files: ExitStack) -> tuple[list[str], list[int]]:

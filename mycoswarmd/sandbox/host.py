@@ -51,12 +51,21 @@ def read_host() -> Host:
         machine=machine,
         landlock_abi=landlock_abi(),
         namespaces={kind: _read_link(f"/proc/self/ns/{kind}") for kind in NAMESPACES},
-        root_links={name: str(Path(f"/{name}").readlink()) for name in ROOT_LINKS if Path(f"/{name}").is_symlink()},
+        root_links={
+            name: str(Path(f"/{name}").readlink()) for name in ROOT_LINKS if Path(f"/{name}").is_symlink()
+        },
         etc=_existing(ETC),
         python=python,
         loader=str(Path(LOADERS.get(machine, "/lib/ld.so")).resolve()),
         readable=_existing(
-            (f"/usr/lib/{triplet}", "/usr/lib/locale", "/usr/lib/ssl", "/usr/lib/terminfo", "/usr/share", "/usr/local/share")
+            (
+                f"/usr/lib/{triplet}",
+                "/usr/lib/locale",
+                "/usr/lib/ssl",
+                "/usr/lib/terminfo",
+                "/usr/share",
+                "/usr/local/share",
+            )
         ),
         python_paths=_existing((f"/usr/lib/{version}",)),
         package_paths=_existing(("/usr/lib/python3", f"/usr/local/lib/{version}")),
@@ -65,7 +74,9 @@ def read_host() -> Host:
             for program, directory in (("/usr/bin/git", "/usr/lib/git-core"),)
             if Path(directory).is_dir()
         },
-        decoys=_existing(tuple(str(Path(f"/usr/bin/{name}").resolve()) for name in ("env", "id", "perl", "dash", "cat"))),
+        decoys=_existing(
+            tuple(str(Path(f"/usr/bin/{name}").resolve()) for name in ("env", "id", "perl", "dash", "cat"))
+        ),
     )
 
 

@@ -32,7 +32,11 @@ class BubblewrapSession:
     """One running cage. `prove` must succeed before anything else is sent."""
 
     def __init__(
-        self, child: Child, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], errors_fd: int, info_fd: int
+        self,
+        child: Child,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        errors_fd: int,
+        info_fd: int,
     ) -> None:
         self._child = child
         self._reader, self._writer = streams
@@ -163,7 +167,9 @@ class BubblewrapSession:
             code = await self._child.wait()
         if self._is_expired:
             return CageError(
-                "cage-timeout", "cannot go on: the task used up its wall time", hint="raise the agent's limit `wall`"
+                "cage-timeout",
+                "cannot go on: the task used up its wall time",
+                hint="raise the agent's limit `wall`",
             )
         # bubblewrap reports a signal of its child as 128 + number, as a shell does.
         end = describe_end(128 - code if code > 128 else code)

@@ -135,7 +135,15 @@ def confinement(spec: CageSpec, host: Host, who: Identity) -> dict[str, object]:
         "programs": list(spec.programs),
         "limits": {
             name: getattr(spec.limits, name)
-            for name in ("wall_s", "memory_bytes", "processes", "disk_bytes", "cpu_percent", "steps", "tokens")
+            for name in (
+                "wall_s",
+                "memory_bytes",
+                "processes",
+                "disk_bytes",
+                "cpu_percent",
+                "steps",
+                "tokens",
+            )
         },
         "steps": [
             *({"do": "rlimit", "name": name, "value": value} for name, value in limits.items()),
