@@ -8,6 +8,7 @@ from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc, to_error
 from mycoswarmd.ctl.screen import clean, line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
+from mycoswarmd.ctl.transcript import asked
 from mycoswarmd.errors import BadRequest, EngineError, MycoswarmError, NotFound
 
 # What the daemon takes (its PROMPT_BODY_BYTES), less room for the rest of the request.
@@ -48,7 +49,9 @@ def ask(
     if not (no_stream or as_json):
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     headers = {"X-Mycoswarm-Label": header_value(label)} if label else {}
-    answers = session.client.events("/v1/chat/completions", body, headers)
+    answers = session.client.events(
+        "/v1/chat/completions", body, headers, on_wait=lambda: show_waiting(session)
+    )
     if as_json:
         said, data = next(answers)
         session.document({**_parse(data), "mycoswarm": places(said)})
@@ -105,33 +108,63 @@ def first_model(session: Session) -> str:
     return chosen
 
 
+def show_waiting(session: Session) -> None:
+    """Say which prompts wait for a person, if any does; a slow model needs no words."""
+    try:
+        rows = session.client.get("/api/approvals").get("approvals", [])
+    except MycoswarmError:
+        return  # not ours to see; the prompt itself goes on
+    for row in rows:
+        if row.get("task_id") is None:
+            session.aside(f"waits for approval: {asked(row.get('facts'))}")
+            session.aside(f"  answer it with: mycoswarmctl approve {row.get('id')}   or the same with --deny")
+
+
 def show(session: Session, answers: Iterator[tuple[Mapping[str, str], bytes]], *, verbose: bool) -> None:
     """Print an answer as it comes; thoughts of reasoning models go to stderr when verbose."""
-    finish, ends_line, is_first = "", True, True
-    for said, data in answers:
-        if verbose and is_first:
-            where = places(said)
-            session.aside("  ".join(f"{key}={line(value)}" for key, value in where.items() if value))
-        is_first = False
-        if data == b"[DONE]":
-            break
-        document = _parse(data)
+    printer = _Printer(session, verbose=verbose)
+    try:
+        for said, data in answers:
+            if data == b"[DONE]":
+                break
+            printer.take(said, _parse(data))
+    finally:
+        printer.end_line()
+    if not printer.finish:
+        raise _no_answer()
+    if printer.finish == "length":
+        session.aside("(cut: the answer reached the limit of tokens)")
+
+
+class _Printer:
+    def __init__(self, session: Session, *, verbose: bool) -> None:
+        self.finish = ""
+        self._session = session
+        self._verbose = verbose
+        self._says_where = verbose
+        self._ends_line = True
+
+    def take(self, said: Mapping[str, str], document: Doc) -> None:
+        """Print what one event or one whole answer adds."""
+        if self._says_where:
+            self._says_where = False
+            facts = [f"{key}={line(value)}" for key, value in places(said).items() if value]
+            self._session.aside("  ".join(facts))
         if "error" in document:
-            _end_line(ends_line=ends_line)
             raise _broken(document["error"])
         for choice in document.get("choices") or []:
             part = choice.get("delta") or choice.get("message") or {}
-            finish = choice.get("finish_reason") or finish
+            self.finish = choice.get("finish_reason") or self.finish
             if text := part.get("content"):
                 print(clean(text), end="", flush=True)
-                ends_line = text.endswith("\n")
-            if verbose and part.get("reasoning_content"):
+                self._ends_line = text.endswith("\n")
+            if self._verbose and part.get("reasoning_content"):
                 print(clean(part["reasoning_content"]), end="", file=sys.stderr, flush=True)
-    _end_line(ends_line=ends_line)
-    if not finish:
-        raise _no_answer()
-    if finish == "length":
-        session.aside("(cut: the answer reached the limit of tokens)")
+
+    def end_line(self) -> None:
+        """End the last line of what was printed, also before an error."""
+        if not self._ends_line:
+            print(flush=True)
 
 
 def places(headers: Mapping[str, str]) -> Doc:
@@ -139,11 +172,6 @@ def places(headers: Mapping[str, str]) -> Doc:
     lower = {key.lower(): value for key, value in headers.items()}
     names = ("node", "model", "zone", "rule", "receipt")
     return {name: lower.get(f"x-mycoswarm-{name}", "") for name in names}
-
-
-def _end_line(*, ends_line: bool) -> None:
-    if not ends_line:
-        print(flush=True)
 
 
 def _parse(data: bytes) -> Doc:

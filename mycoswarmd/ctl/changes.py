@@ -17,7 +17,6 @@ from mycoswarmd.errors import BadRequest
 from mycoswarmd.wire.patch import make_patch
 from mycoswarmd.wire.workspace import Entry, overlay, read_workspace
 
-
 # A person reads ten lines; a thousand hide what matters.
 _NAMED = 10
 

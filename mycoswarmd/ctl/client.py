@@ -6,7 +6,7 @@ Ctrl-C, and that is what cancels the request on the other side.
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -84,14 +84,22 @@ class Client:
                 yield _object(untrusted)
 
     def events(
-        self, path: str, body: object, headers: Mapping[str, str]
+        self,
+        path: str,
+        body: object,
+        headers: Mapping[str, str],
+        *,
+        on_wait: Callable[[], None] | None = None,
     ) -> Iterator[tuple[Mapping[str, str], bytes]]:
         """Yield (headers of the answer, data of an event) for each server-sent event, as they come.
 
-        A daemon that answers with a whole JSON document instead yields that, once.
+        A daemon that answers with a whole JSON document instead yields that, once. `on_wait` is called once
+        when it does not answer soon.
         """
         kind = {"Content-Type": "application/json"}
-        with self._open("POST", path, _json(body), {**headers, **kind}, timeout_s=None) as answer:
+        with self._open(
+            "POST", path, _json(body), {**headers, **kind}, timeout_s=None, on_wait=on_wait
+        ) as answer:
             if "event-stream" not in answer.headers.get("content-type", ""):
                 yield answer.headers, answer.body(_JSON_BYTES)
                 return
@@ -115,11 +123,12 @@ class Client:
         headers: Mapping[str, str] | None = None,
         *,
         timeout_s: float | None = _ANSWER_S,
+        on_wait: Callable[[], None] | None = None,
     ) -> AbstractContextManager[Answer]:
         # http.client costs a fifth of what --help may take, so it is loaded with the first request.
         transport = importlib.import_module("mycoswarmd.ctl.unixhttp")
         opened: AbstractContextManager[Answer] = transport.open_answer(
-            self.path, method, path, body, dict(headers or {}), timeout_s=timeout_s
+            self.path, method, path, body, dict(headers or {}), timeout_s=timeout_s, on_wait=on_wait
         )
         return opened
 

@@ -31,8 +31,17 @@ def status(
     Policy, engines, tasks, receipts, sandbox.
     """
     session = begin(ctx, as_json=as_json)
+    has_answered = False
     while True:
-        answer = session.client.get("/api/status")
+        try:
+            answer = session.client.get("/api/status")
+        except Unreachable as exc:
+            if not has_answered:  # after an answer it is a restart: whoever watches wants to see it come back
+                raise
+            session.aside(exc.message)
+            time.sleep(_EVERY_S)
+            continue
+        has_answered = watch
         if watch and as_json:
             session.record(answer)
         elif as_json:

@@ -7,8 +7,9 @@ left half-read.
 
 import contextlib
 import http.client
+import select
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mycoswarmd.ctl.refusals import refusal
@@ -16,6 +17,7 @@ from mycoswarmd.errors import LocalProtocolError, Unreachable
 
 # A unix socket answers at once or not at all; a long queue of connections is worth a moment.
 _CONNECT_S = 5.0
+_NATURAL_S = 1.5
 _ERROR_BYTES = 1 << 20
 _PIECE_BYTES = 64 << 10
 
@@ -52,13 +54,16 @@ class HttpAnswer:
 
     def lines(self, at_most_bytes: int) -> Iterator[bytes]:
         """Yield whole lines as they come."""
-        while line := self._response.readline(at_most_bytes + 1):
-            if len(line) > at_most_bytes:
+        # Not readline: of a chunked body that ends too early it says nothing.
+        rest = b""
+        for piece in self.pieces():
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                yield line + b"\n"
+            if len(rest) > at_most_bytes:
                 raise _too_large(at_most_bytes)
-            if not line.endswith(b"\n"):
-                raise EOFError
-            yield line
-        self._check_end()
+        if rest:
+            raise EOFError
 
     def pieces(self) -> Iterator[bytes]:
         """Yield what comes, as it comes."""
@@ -80,8 +85,19 @@ def open_answer(
     headers: Mapping[str, str],
     *,
     timeout_s: float | None,
+    on_wait: Callable[[], None] | None = None,
 ) -> Iterator[HttpAnswer]:
-    """Send a request and yield the head of its answer; an answer of 400 and above is raised."""
+    """Send a request and yield the head of its answer; an answer of 400 and above is raised.
+
+    Args:
+        path: the socket.
+        method: the HTTP method.
+        target: path and query.
+        body: what to send.
+        headers: further headers.
+        timeout_s: how long the daemon may be silent; None is without end.
+        on_wait: called once, when it is silent for longer than people find natural.
+    """
     connection = _Connection(path, timeout_s)
     try:
         connection.connect()
@@ -92,6 +108,8 @@ def open_answer(
         # A refused upload breaks the pipe; the answer that says why is there already.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(method, target, body, dict(headers))
+        if on_wait is not None and not select.select([connection.sock], [], [], _NATURAL_S)[0]:
+            on_wait()
         with connection.getresponse() as response:
             answer = HttpAnswer(response)
             if answer.status >= 400:

@@ -1,0 +1,77 @@
+"""A policy file read on this side, by the same code as the daemon's: check, test, prove.
+
+Reading is simpler than the daemon's, since nothing is put in force here: a regular file of at most
+256 KiB. Owner and mode are the daemon's to judge.
+"""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from mycoswarmd.core.policy.check import check_policy
+from mycoswarmd.core.policy.prove import ProofResult
+from mycoswarmd.core.policy.request import describe
+from mycoswarmd.ctl.refusals import Doc
+from mycoswarmd.errors import ConfigError, Problem
+
+# As the daemon has it: a policy is read by people; a larger file is no policy.
+_MAX_BYTES = 256 << 10
+# As the daemon has it: programs of the system, never those of the caller's PATH.
+_PATH = "/usr/bin:/bin"
+
+
+def check(path: Path) -> Doc:
+    """Check a file wholly; PolicyInvalid holds every problem."""
+    checked = check_policy(read_file(path), path=str(path), resolve_program=find_program)
+    policy = checked.policy
+    return {
+        "name": policy.name,
+        "path": str(path),
+        "sha256": policy.sha256,
+        "rules": len(policy.rules),
+        "warnings": [_row(problem) for problem in checked.warnings],
+        "tests": [test.name for test in policy.tests],
+        "proofs": [_proof(result) for result in checked.proofs],
+    }
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file of bounded size; ConfigError otherwise."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError("policy-unreadable", f"cannot read {str(path)!r}: it is no regular file")
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as exc:
+        raise ConfigError("policy-unreadable", f"cannot read {str(path)!r}: {exc.strerror}") from exc
+    if len(data) > _MAX_BYTES:
+        raise ConfigError("policy-unreadable", f"cannot read {str(path)!r}: more than {_MAX_BYTES} bytes")
+    return data
+
+
+def find_program(name: str) -> str | None:
+    """Return the file that would run for a program's name, or None."""
+    found = shutil.which(name, path=_PATH)
+    return os.path.realpath(found) if found else None
+
+
+def _row(problem: Problem) -> Doc:
+    return {
+        "path": problem.path,
+        "line": problem.line,
+        "message": problem.message,
+        "hint": problem.hint,
+        "text": str(problem),
+    }
+
+
+def _proof(result: ProofResult) -> Doc:
+    example = result.counterexample
+    return {
+        "invariant": str(result.invariant),
+        "holds": result.holds,
+        "points": result.points,
+        "counterexample": describe(example) if example is not None else None,
+    }
