@@ -2,7 +2,6 @@
 
 import http.client
 import json
-
 import signal
 import socket
 import subprocess
@@ -91,7 +90,9 @@ class NodeProcess:
     ) -> Answer:
         connection = UnixConnection(self.socket, timeout_s)
         try:
-            data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
+            data = (
+                body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
+            )
             connection.request(method, path, data, dict(headers or {}))
             response = connection.getresponse()
             return Answer(response.status, dict(response.headers), response.read())

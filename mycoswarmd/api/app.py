@@ -89,15 +89,15 @@ class Api:
         principal = self._doorman.admit(listener, request)
         found = self._router.find(request.method, request.path)
         if found is None or (found[0].knock is Knock.LOCAL and not listener.is_local):
-            raise self._no_route(request)
+            raise self._no_route(listener, request)
         route, names = found
         await self._pass_gate(route, names, principal)
         body = await _read_body(request, route.body_bytes)
         call = Call(request, principal, self._services, names, body)
         return await route.handler(call)
 
-    def _no_route(self, request: BaseRequest) -> MycoswarmError:
-        if methods := self._router.methods(request.path):
+    def _no_route(self, listener: Listener, request: BaseRequest) -> MycoswarmError:
+        if methods := self._router.methods(request.path, is_local=listener.is_local):
             return BadRequest(
                 "method-not-allowed",
                 f"cannot {request.method[:20]} this path",

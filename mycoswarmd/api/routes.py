@@ -102,9 +102,10 @@ class Router:
                 return route, found
         return None
 
-    def methods(self, path: str) -> list[str]:
-        """List the methods that a path has, for a 405."""
-        return sorted({route.method for route in ROUTES if self.find(route.method, path) is not None})
+    def methods(self, path: str, *, is_local: bool) -> list[str]:
+        """List the methods that a path has on a listener, for a 405."""
+        rows = [row for row in ROUTES if is_local or row.knock is Knock.ANY]
+        return sorted({row.method for row in rows if self.find(row.method, path) is not None})
 
 
 def make_router() -> Router:

@@ -267,7 +267,7 @@ class Prompts:
                 "task": speaker.task_id,
                 "kind": prompt.kind.value,
                 "model": prompt.model,
-                "label": speaker.label,
+                "label": self._label(speaker),
                 "tainted": speaker.tainted,
                 "decision": decision,
                 "rule": rule,
@@ -280,6 +280,10 @@ class Prompts:
     def outcome(self, decision: Receipt, *, code: str, **facts: object) -> None:
         """Record how a permitted prompt ended."""
         self._receipts.append("outcome", {"decision": decision.id, "code": code, **facts})
+
+    def _label(self, speaker: Speaker) -> str | None:
+        policy = self._policy()
+        return policy.highest(speaker.label) if policy is not None else speaker.label
 
     def _policy_sha256(self) -> str:
         policy = self._policy()

@@ -1,0 +1,92 @@
+"""Settings: every key checked, every engine on this machine, nothing guessed."""
+
+from pathlib import Path
+
+import pytest
+
+from mycoswarmd.daemon.settings import Options, check_local_url, load_settings, parse_listen
+from mycoswarmd.errors import ConfigError
+
+
+def load(tmp_path: Path, text: str = "") -> object:
+    (tmp_path / "mycoswarm.toml").write_text(text)
+    return load_settings(Options(state=tmp_path))
+
+
+def test_everything_lies_under_the_given_state_directory(tmp_path: Path) -> None:
+    settings = load_settings(Options(state=tmp_path))
+    assert settings.socket_path == tmp_path / "run" / "api.sock"
+    assert settings.policy_file == tmp_path / "policy.toml"
+    assert settings.models_dir == tmp_path / "models"
+    assert settings.listen == ("127.0.0.1", 7436)
+
+
+def test_declared_engines_are_read(tmp_path: Path) -> None:
+    text = '[engines.ollama]\nkind = "ollama"\nurl = "http://127.0.0.1:11434"\nconcurrency = 2\n'
+    (tmp_path / "mycoswarm.toml").write_text(text)
+    (engine,) = load_settings(Options(state=tmp_path)).engines
+    assert (engine.name, engine.kind, engine.concurrency) == ("ollama", "ollama", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nonsense = 1", "'nonsense' is not a setting"),
+        ("task_slots = 0", "must be from 1 to 64"),
+        ("task_slots = true", "must be a int"),
+        ('task_slots = "2"', "must be a int"),
+        ('engine_idle = "soon"', "'soon'"),
+        ("[engines.x]\nkind = 'magic'\nurl = 'http://127.0.0.1:1'", "engines.x"),
+        ("[engines.x]\nkind = 'openai'\nurl = 'http://10.0.0.7:8000'", "only the policy declares"),
+        ("[engines.x]\nkind = 'openai'\nurl = 'http://127.0.0.1:1'\ntls = true", "engines.x.tls"),
+        ("a = [", "mycoswarm.toml"),
+        ('listen = "0.0.0.0:7436"', "loopback"),
+    ],
+)
+def test_bad_settings_are_refused_with_file_and_key(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert said in caught.value.message
+    assert "mycoswarm.toml" in caught.value.message
+
+
+def test_settings_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mycoswarm.toml").write_bytes(b'node_name = "\xff"')
+    with pytest.raises(ConfigError, match="cannot use settings"):
+        load_settings(Options(state=tmp_path))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://[::1]:8000/v1", "unix:/run/llama.sock"])
+def test_local_addresses_are_accepted(url: str) -> None:
+    check_local_url(url, "file", "url")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:8000",  # a name: what it stands for is somebody else's decision
+        "http://127.0.0.1.example.com:80",
+        "https://127.0.0.1:8000",
+        "http://user@127.0.0.1:8000",
+        "http://0x7f000001:80",
+        "http://169.254.169.254/",
+        "ftp://127.0.0.1/",
+        "",
+    ],
+)
+def test_addresses_elsewhere_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError):
+        check_local_url(url, "file", "url")
+
+
+@pytest.mark.parametrize(
+    "text", ["0.0.0.0:1", "192.168.1.2:7436", "localhost:7436", "127.0.0.1", "127.0.0.1:70000", ":7436"]
+)
+def test_only_loopback_is_listened_on(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_listen(text)
+
+
+def test_none_is_no_listener() -> None:
+    assert parse_listen("none") is None
+    assert parse_listen("[::1]:7436") == ("::1", 7436)
