@@ -23,7 +23,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 SECUREBITS = 0b1110_1111
 LAST_CAPABILITY = 63  # asking for more than the kernel has gives EINVAL, which ends the loop
 
-MS_REMOUNT_BIND = 0x20 | 0x1000
+MS_REMOUNT = 0x20
 MOUNT_FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8}
 
 # These three have the same numbers on every architecture.
@@ -43,20 +43,20 @@ LANDLOCK_SCOPE_ABI, LANDLOCK_SCOPE = 6, 0b11  # abstract unix sockets, signals
 
 
 class _Ruleset(ctypes.Structure):
-    _fields_ = (("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
+    _fields_ = [("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64)]  # noqa: RUF012  (ctypes wants this name and a sequence)
 
 
 class _PathBeneath(ctypes.Structure):
     _pack_ = 1
-    _fields_ = (("access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
+    _fields_ = [("access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32)]  # noqa: RUF012  (ctypes wants this name and a sequence)
 
 
 class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]  # noqa: RUF012  (ctypes wants this name and a sequence)
 
 
-class _CapabilityHeader(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+class CapabilityHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]  # noqa: RUF012  (ctypes wants this name and a sequence)
 
 
 def apply(body: Mapping[str, object], payload: bytes) -> None:
@@ -86,12 +86,17 @@ def narrow(body: Mapping[str, object]) -> None:
     for path in step["make"]:
         if not os.path.lexists(path):
             os.makedirs(path)
-    # A path that may be read but is not there grants nothing.
-    rules = [rule for rule in step["rules"] if os.path.lexists(rule[0])]
+    # A path that may be read but is not there grants nothing; nor does one that leads through a link of the
+    # workspace's, or its author would choose what the rule is about.
+    rules = [rule for rule in step["rules"] if _is_plain(rule[0])]
     try:
         _landlock({**step, "rules": rules}, b"")
     except OSError as exc:
         raise CageError("cage-setup", f"cannot confine the agent to its paths: {exc}") from exc
+
+
+def _is_plain(path: str) -> bool:
+    return os.path.lexists(path) and os.path.realpath(path) == path
 
 
 def refuse_host_root() -> None:
@@ -141,8 +146,10 @@ def _rlimit(step: Mapping[str, object], _: bytes) -> None:
 def _remount(step: Mapping[str, object], _: bytes) -> None:
     names = step["flags"]
     assert isinstance(names, list)
-    flags = MS_REMOUNT_BIND | sum(MOUNT_FLAGS[name] for name in names)
-    call("mount", None, str(step["path"]).encode(), None, ctypes.c_ulong(flags), None)
+    # Not a bind remount: it is the file system that counts its files, and its only mount is ours.
+    flags = MS_REMOUNT | sum(MOUNT_FLAGS[name] for name in names)
+    bounds = f"size={step['bytes']},nr_inodes={step['files']}".encode()
+    call("mount", None, str(step["path"]).encode(), None, ctypes.c_ulong(flags), bounds)
 
 
 def _drop_capabilities(_step: Mapping[str, object], _: bytes) -> None:
@@ -155,7 +162,7 @@ def _drop_capabilities(_step: Mapping[str, object], _: bytes) -> None:
             break
         if held:
             prctl(PR_CAPBSET_DROP, capability)
-    header = _CapabilityHeader(CAPABILITY_VERSION_3, 0)
+    header = CapabilityHeader(CAPABILITY_VERSION_3, 0)
     call("capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
 
 

@@ -1,8 +1,8 @@
 """Tries to break out of the cage, before there is anything to steal: a table of probes.
 
 A probe returns None when it held, otherwise what it got instead. Facts (flags of mounts, identities of
-namespaces) are asked of the kernel where an attempt would be slow or would prove less. The node names the probes it
-demands; one that is not in the table counts as broken.
+namespaces) are asked of the kernel where an attempt would be slow or would prove less. The node names the probes
+it demands; one that is not in the table counts as broken.
 
 Source: the project's threat model, and the failures listed there by CVE.
 """
@@ -21,7 +21,7 @@ from mycoswarmd.agent.confine import (
     CAPABILITY_VERSION_3,
     LIBC,
     SECUREBITS,
-    _CapabilityHeader,
+    CapabilityHeader,
     call,
     prctl,
     system_call,
@@ -108,11 +108,13 @@ MOUNT_FACTS = {"ro": os.ST_RDONLY, "nosuid": os.ST_NOSUID, "nodev": os.ST_NODEV,
 
 
 def _size(expect: Expect, path: str) -> str | None:
-    sizes = expect["sizes"]
+    sizes, files = expect["sizes"], expect["files"]
     assert isinstance(sizes, dict)
+    assert isinstance(files, dict)
     found = os.statvfs(path)
     # The kernel rounds up to pages.
-    return _is(found.f_blocks and found.f_blocks * found.f_frsize <= sizes[path] + 8192, "has no bound")
+    is_small = 0 < found.f_blocks * found.f_frsize <= sizes[path] + 8192
+    return _is(is_small and 0 < found.f_files <= files[path], "has no bound")
 
 
 def _rlimit(expect: Expect, name: str) -> str | None:
@@ -173,7 +175,7 @@ def _descriptors(_: Expect) -> str | None:
 
 def _capabilities(_: Expect) -> str | None:
     sets = (ctypes.c_uint32 * 6)()
-    call("capget", ctypes.byref(_CapabilityHeader(CAPABILITY_VERSION_3, 0)), ctypes.byref(sets))
+    call("capget", ctypes.byref(CapabilityHeader(CAPABILITY_VERSION_3, 0)), ctypes.byref(sets))
     bounding = []
     for capability in range(64):
         try:
@@ -243,6 +245,18 @@ def _forbidden_program(expect: Expect) -> str | None:
     return _fails(lambda: os.execve(path, [path, "--version"], {}), REFUSED) or _fails(_opens(path), REFUSED)
 
 
+def _parent_death_signal() -> int:
+    number = ctypes.c_int(0)
+    call("prctl", PR_GET_PDEATHSIG, ctypes.byref(number), *[ctypes.c_ulong(0)] * 3)
+    return number.value
+
+
+def _clone3(expect: Expect) -> str | None:
+    numbers = expect["calls"]
+    assert isinstance(numbers, dict)
+    return _fails(lambda: system_call(numbers["clone3"], None, ctypes.c_long(0)), (errno.ENOSYS,))
+
+
 PROBES: dict[str, Probe] = {
     "identity": _identity,
     "environment": _environment,
@@ -250,17 +264,17 @@ PROBES: dict[str, Probe] = {
     "capabilities": _capabilities,
     "securebits": lambda _: _is(prctl(PR_GET_SECUREBITS) == SECUREBITS, "are not locked"),
     "no-new-privileges": lambda _: _is(prctl(PR_GET_NO_NEW_PRIVS) == 1, "is not set"),
-    "seccomp": lambda _: _is(prctl(PR_GET_SECCOMP) == 2, "is not in force"),  # noqa: PLR2004
+    "seccomp": lambda _: _is(prctl(PR_GET_SECCOMP) == 2, "is not in force"),
     "session": lambda _: _is(os.getsid(0) > 0, "is the starter's"),
     "dies-with-node": lambda _: _is(_parent_death_signal() == signal.SIGKILL, "would outlive it"),
     "sockets": _sockets,
     "clone-namespace": _clone_namespace,
-    "clone3": lambda expect: _clone3(expect),
     "setuid-file": _setuid_file,
     "terminal-input": _terminal_input,
     "personality": lambda _: _fails(lambda: call("personality", ctypes.c_ulong(0x40000)), (errno.EPERM,)),
     "memory": _memory,
     "forbidden-program": _forbidden_program,
+    "clone3": _clone3,
     "signal-outside": lambda _: _fails(lambda: os.kill(1, 0), (errno.EPERM,)),
 }
 
@@ -275,15 +289,3 @@ FAMILIES_OF_PROBES: dict[str, Callable[[Expect, str], str | None]] = {
     "unwritable": _write,
     "maps-no-code": _maps_code,
 }
-
-
-def _parent_death_signal() -> int:
-    number = ctypes.c_int(0)
-    call("prctl", PR_GET_PDEATHSIG, ctypes.byref(number), *[ctypes.c_ulong(0)] * 3)
-    return number.value
-
-
-def _clone3(expect: Expect) -> str | None:
-    numbers = expect["calls"]
-    assert isinstance(numbers, dict)
-    return _fails(lambda: system_call(numbers["clone3"], None, ctypes.c_long(0)), (errno.ENOSYS,))

@@ -1,6 +1,7 @@
 """Cages built by bubblewrap. Implements flow.ports.CageMaker.
 
-Law: nothing of the task passes `open` before the cage has proved, probe by probe, that it holds. When in doubt, it is killed.
+Law: nothing of the task passes `open` before the cage has proved, probe by probe, that it holds. When in
+doubt, it is killed.
 
 Source: bwrap(1), as of 0.8.0.
 """
@@ -95,18 +96,19 @@ async def start_session(
         near, far = socket.socketpair()
         ours.enter_context(near)
         theirs.enter_context(far)
-        errors_r, errors_w = _pipe(ours, theirs)
-        info_r, info_w = _pipe(ours, theirs)
+        errors_r, errors_w = pipe_pair(ours, theirs)
+        info_r, info_w = pipe_pair(ours, theirs)
         options, contents = render(steps, theirs)
         child = Child(
             [BWRAP, *options, "--info-fd", str(info_w), "--", *argv],
             stdin=far.fileno(),
             stderr=errors_w,
             keep_fds=[info_w, *contents],
+            info_fd=info_r,
             identity=None if identity is None else (identity.uid, identity.gid),
         )
         ours.pop_all()
-        return await BubblewrapSession.start(child, near, errors_fd=errors_r, info_fd=info_r, wall_s=wall_s)
+        return await BubblewrapSession.start(child, near, errors_fd=errors_r, wall_s=wall_s)
 
 
 def render(steps: Sequence[Operation], files: ExitStack) -> tuple[list[str], list[int]]:
@@ -134,7 +136,8 @@ def _content(data: bytes) -> int:
     return fd
 
 
-def _pipe(ours: ExitStack, theirs: ExitStack) -> tuple[int, int]:
+def pipe_pair(ours: ExitStack, theirs: ExitStack) -> tuple[int, int]:
+    """Return a reading end that does not block, closed with `ours`, and a writing end, closed with `theirs`."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(reader, False)
     ours.callback(os.close, reader)

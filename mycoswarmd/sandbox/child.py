@@ -1,21 +1,31 @@
 """Child processes: the one place where any is started.
 
-A child gets a fresh environment and no descriptor but those it is given. Its end is seen through a pidfd, so that no
-thread and no signal handler is needed, and no number can be confused with a later process.
+A child gets a fresh environment and no descriptor but those it is given. Its end is seen through a pidfd,
+so that no thread and no signal handler is needed, and no number can be confused with a later process.
+
+How a confined child ends: bubblewrap's init is the first process of its pid namespace, so the kernel
+ends all others with it, and its pidfd becomes readable only when they are gone. It dies with bubblewrap,
+and bubblewrap with the daemon, also when that is killed.
 """
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mycoswarmd.errors import CageError
 
 
 class Child:
-    """One started process; whoever starts it must await `wait` or `kill`."""
+    """One started process; whoever starts it must await `wait` or `kill`.
+
+    Attributes:
+        pid: the number of the process that was started, bubblewrap's own for a confined child.
+    """
 
     def __init__(
         self,
@@ -25,10 +35,14 @@ class Child:
         stdout: int = subprocess.DEVNULL,
         stderr: int = subprocess.DEVNULL,
         keep_fds: Sequence[int] = (),
+        info_fd: int | None = None,
         identity: tuple[int, int] | None = None,
-        environment: dict[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it, as another uid and gid and with no groups when `identity` says so."""
+        """Start it; as another uid and gid and with no groups when `identity` says so.
+
+        `info_fd` is the reading end of what bubblewrap writes to its --info-fd; it is closed with the child.
+        """
         uid, gid = identity or (None, None)
         try:
             self._process = subprocess.Popen(
@@ -37,65 +51,135 @@ class Child:
                 stdout=stdout,
                 stderr=stderr,
                 pass_fds=tuple(keep_fds),
-                env=environment or {},
+                env=dict(environment or {}),
                 cwd="/",
                 user=uid,
                 group=gid,
                 extra_groups=None if identity is None else [],
                 start_new_session=True,  # a Ctrl-C in the terminal is the daemon's, not its children's
             )
-            self._pidfd = os.pidfd_open(self._process.pid)
         except OSError as exc:
             raise CageError("cage-setup", f"cannot start {argv[0]!r}: {exc.strerror}") from exc
-
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        return self._process.pid
-
-    def signal(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal; nothing happens when it has ended."""
-        if self._process.returncode is None:
-            self._process.send_signal(number)
+        self.pid = self._process.pid
+        self._pidfd: int | None = os.pidfd_open(self.pid)
+        self._info_fd = info_fd
+        self._init_pidfd: int | None = None
 
     async def wait(self) -> int:
-        """Wait for its end and return its code, negative for a signal."""
+        """Wait for the end of the started process and return its code, negative for a signal."""
         if self._process.returncode is None:
-            await wait_pidfd(self._pidfd)
+            assert self._pidfd is not None
+            await _wait_pidfd(self._pidfd)
             self._process.wait()
-            os.close(self._pidfd)
         return self._process.returncode
 
     async def kill(self) -> int:
-        """End it at once and return its code."""
-        self.signal(signal.SIGKILL)
-        return await self.wait()
+        """Kill it with all that is confined with it, wait until all are gone, and return its code.
+
+        A cancelled caller is told so afterwards: to leave earlier would leave a zombie, and the kernel needs
+        milliseconds.
+        """
+        cancelled: asyncio.CancelledError | None = None
+        while True:
+            self.send_kill()
+            try:
+                code = await self.wait()
+                if self._init_pidfd is not None:
+                    await _wait_pidfd(self._init_pidfd)
+                break
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        self._release()
+        if cancelled is not None:
+            raise cancelled
+        return code
+
+    def send_kill(self) -> None:
+        """Send SIGKILL to the child and to what is confined with it, without waiting."""
+        self._find_init()
+        if self._init_pidfd is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
+        self._process.send_signal(signal.SIGKILL)
+
+    def _find_init(self) -> None:
+        """Learn the first process of the confined, as soon as bubblewrap has told it."""
+        if self._info_fd is None or self._init_pidfd is not None:
+            return
+        with suppress(BlockingIOError):
+            self._init_pidfd = open_init(os.read(self._info_fd, 4096))
+
+    def _release(self) -> None:
+        for fd in (self._pidfd, self._info_fd, self._init_pidfd):
+            if fd is not None:
+                os.close(fd)
+        self._pidfd = self._info_fd = self._init_pidfd = None
 
 
-async def wait_pidfd(pidfd: int) -> None:
-    """Wait until the process of a pidfd has ended, also when several wait for the same."""
-    loop = asyncio.get_running_loop()
-    # An own descriptor for each waiter: the loop keeps one reader for a number.
-    watched = os.dup(pidfd)
-    ended: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(watched, lambda: ended.done() or ended.set_result(None))
+def open_init(untrusted_info: bytes) -> int | None:
+    """Return a pidfd of the process that bubblewrap's --info-fd names; None where there is none any more.
+
+    The document arrives in several writes, of which the first names the process: it may be cut off here.
+    """
+    found = re.search(rb'"child-pid": ([0-9]{1,9})', untrusted_info)
+    if found is None:
+        return None
     try:
-        await ended
-    finally:
-        loop.remove_reader(watched)
-        os.close(watched)
+        return os.pidfd_open(int(found[1]))
+    except ProcessLookupError:
+        return None
 
 
 def describe_end(code: int) -> str:
     """Say how a process ended, for a person."""
     if code >= 0:
         return f"exited with {code}"
-    try:
+    with suppress(ValueError):
         return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
+    return f"was killed by signal {-code}"
 
 
 def is_executable(path: str) -> bool:
     """Tell whether a program is there and may be run."""
     return Path(path).is_file() and os.access(path, os.X_OK)
+
+
+def ends_well(argv: Sequence[str], *, identity: tuple[int, int] | None = None, within_s: float) -> str:
+    """Run a short program; return "" when it exits with 0 in time, otherwise its last words."""
+    uid, gid = identity or (None, None)
+    try:
+        done = subprocess.run(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={},
+            cwd="/",
+            user=uid,
+            group=gid,
+            extra_groups=None if identity is None else [],
+            timeout=within_s,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return str(exc)
+    words = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return "" if done.returncode == 0 else words or describe_end(done.returncode)
+
+
+async def _wait_pidfd(pidfd: int) -> None:
+    """Wait until the process of a pidfd has ended, also when several wait for the same."""
+    loop = asyncio.get_running_loop()
+    # An own descriptor for each waiter: the loop keeps one reader for a number.
+    watched = os.dup(pidfd)
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    loop.add_reader(watched, end)
+    try:
+        await ended
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)

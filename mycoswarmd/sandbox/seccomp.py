@@ -29,7 +29,7 @@ NAMESPACE_FLAGS = (
 )
 SETID_BITS = 0o6000
 O_CREAT_OR_TMPFILE = 0o100 | 0o20000000
-AF_UNIX = 1
+AF_UNIX, SOCK_STREAM = 1, 1
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C
 NO_PERSONALITY, ASK_PERSONALITY = 0, 0xFFFFFFFF
 
@@ -59,7 +59,8 @@ _CREATES = (0o100, 0o20000000, 0o20000100)
 
 CONDITIONAL: Mapping[str, Conditional] = {
     "clone": Conditional((Test(0, NAMESPACE_FLAGS, (0,)),), refuse=False),
-    "socketpair": Conditional((Test(0, 0xFFFFFFFF, (AF_UNIX,)),), refuse=False),
+    # Stream pairs stay connected to each other; a datagram pair could send to any address.
+    "socketpair": Conditional((Test(0, 0xFFFFFFFF, (AF_UNIX,)), Test(1, 0xF, (SOCK_STREAM,))), refuse=False),
     "personality": Conditional((Test(0, 0xFFFFFFFF, (NO_PERSONALITY, ASK_PERSONALITY)),), refuse=False),
     "ioctl": Conditional((Test(1, 0xFFFFFFFF, (TIOCSTI, TIOCLINUX)),)),
     "chmod": Conditional((_has_setid(1),)),

@@ -1,20 +1,13 @@
-"""One running cage: frames in and out, its proof, its end. Implements flow.ports.CageSession.
-
-How a cage ends: bubblewrap's init is the first process of the cage's pid namespace, so the kernel ends all others with
-it, and its pidfd becomes readable only when they are gone. It dies with bubblewrap, and bubblewrap with the daemon,
-also when that is killed.
-"""
+"""One running cage: frames in and out, its proof, its end. Implements flow.ports.CageSession."""
 
 import asyncio
-import json
 import os
-import signal
 import socket
 from collections.abc import Callable
 
 from mycoswarmd.core.types import Proof, SandboxLevel
 from mycoswarmd.errors import BadRequest, CageError
-from mycoswarmd.sandbox.child import Child, describe_end, wait_pidfd
+from mycoswarmd.sandbox.child import Child, describe_end
 from mycoswarmd.wire.frames import HEADER, Frame, FrameType, decode_frame, decode_header, encode_frame
 
 # Proving takes a few milliseconds; a Pi under load gets this long.
@@ -32,11 +25,7 @@ class BubblewrapSession:
     """One running cage. `prove` must succeed before anything else is sent."""
 
     def __init__(
-        self,
-        child: Child,
-        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-        errors_fd: int,
-        info_fd: int,
+        self, child: Child, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], errors_fd: int
     ) -> None:
         self._child = child
         self._reader, self._writer = streams
@@ -44,8 +33,6 @@ class BubblewrapSession:
         self._errors_fd: int | None = errors_fd
         self._errors = b""
         self._errors_bytes = 0
-        self._info_fd: int | None = info_fd
-        self._init_pidfd: int | None = None
         self._proof: Proof | None = None
         self._is_expired = False
         self._timer: asyncio.TimerHandle | None = None
@@ -55,10 +42,10 @@ class BubblewrapSession:
 
     @classmethod
     async def start(
-        cls, child: Child, near: socket.socket, *, errors_fd: int, info_fd: int, wall_s: float
+        cls, child: Child, near: socket.socket, *, errors_fd: int, wall_s: float
     ) -> "BubblewrapSession":
         """Take over a started child and its descriptors; from now on `close` ends them all."""
-        session = cls(child, await asyncio.open_connection(sock=near), errors_fd, info_fd)
+        session = cls(child, await asyncio.open_connection(sock=near), errors_fd)
         loop = asyncio.get_running_loop()
         loop.add_reader(errors_fd, session._read_errors)
         session._timer = loop.call_later(wall_s, session._expire)
@@ -122,7 +109,7 @@ class BubblewrapSession:
         except OSError as exc:
             raise await self._gone() from exc
         except BadRequest as exc:
-            self._kill()
+            self._child.send_kill()
             raise CageError("cage-garbage", f"cannot understand the agent: {exc.message}") from exc
         return frame
 
@@ -131,20 +118,12 @@ class BubblewrapSession:
         async with self._closing:
             if self._is_closed:
                 return
-            cancelled: asyncio.CancelledError | None = None
-            while True:
-                self._kill()
-                try:
-                    await self._wait_gone()
-                    break
-                except asyncio.CancelledError as exc:
-                    # All is dying already; to leave now would leave a zombie. The kernel needs milliseconds.
-                    cancelled = exc
             self._is_closed = True
-            self._release()
-            self._on_gone()
-            if cancelled is not None:
-                raise cancelled
+            try:
+                await self._child.kill()
+            finally:
+                self._release()
+                self._on_gone()
 
     def _take_frame(self) -> Frame | None:
         if len(self._buffer) < HEADER.size:
@@ -163,7 +142,7 @@ class BubblewrapSession:
             async with asyncio.timeout(LAST_WORDS_S):
                 code = await self._child.wait()
         except TimeoutError:
-            self._kill()
+            self._child.send_kill()
             code = await self._child.wait()
         if self._is_expired:
             return CageError(
@@ -177,36 +156,7 @@ class BubblewrapSession:
 
     def _expire(self) -> None:
         self._is_expired = True
-        self._kill()
-
-    def _kill(self) -> None:
-        self._find_init()
-        if self._init_pidfd is not None:
-            try:
-                signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self._child.signal(signal.SIGKILL)
-
-    async def _wait_gone(self) -> None:
-        await self._child.wait()
-        if self._init_pidfd is not None:
-            await wait_pidfd(self._init_pidfd)
-
-    def _find_init(self) -> None:
-        """Learn the cage's first process, as soon as bubblewrap has told it."""
-        if self._info_fd is None:
-            return
-        try:
-            info = json.loads(os.read(self._info_fd, 4096) or b"{}")
-            pid = info.get("child-pid")
-            self._init_pidfd = os.pidfd_open(pid) if pid else None
-        except (BlockingIOError, ProcessLookupError):
-            return
-        finally:
-            if self._init_pidfd is not None:
-                os.close(self._info_fd)
-                self._info_fd = None
+        self._child.send_kill()
 
     def _read_errors(self) -> None:
         assert self._errors_fd is not None
@@ -231,10 +181,6 @@ class BubblewrapSession:
         self._close_errors()
         if self._timer is not None:
             self._timer.cancel()
-        for fd in (self._info_fd, self._init_pidfd):
-            if fd is not None:
-                os.close(fd)
-        self._info_fd = self._init_pidfd = None
         self._writer.transport.abort()
 
 

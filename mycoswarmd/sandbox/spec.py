@@ -35,6 +35,9 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 # What scratch space a test run or a compiler needs; it is memory, so no more.
 TEMPORARY_BYTES = 64 << 20
+# An empty file costs the kernel about 1 KiB, which counts as nothing in the size of a tmpfs: this keeps a million
+# of them from taking the machine's memory. A workspace of 256 MiB may hold 131,072.
+BYTES_PER_FILE = 2048
 # Programs open a few dozen files; this is also what bounds the search for inherited ones.
 OPEN_FILES = 256
 # bubblewrap's init and the agent itself.
@@ -147,7 +150,16 @@ def confinement(spec: CageSpec, host: Host, who: Identity) -> dict[str, object]:
         },
         "steps": [
             *({"do": "rlimit", "name": name, "value": value} for name, value in limits.items()),
-            *({"do": "remount", "path": path, "flags": list(NOTHING_RUNS)} for path in WRITABLE),
+            *(
+                {
+                    "do": "remount",
+                    "path": path,
+                    "flags": list(NOTHING_RUNS),
+                    "bytes": size,
+                    "files": size // BYTES_PER_FILE,
+                }
+                for path, size in _sizes(spec).items()
+            ),
             {"do": "drop-capabilities"},
             {"do": "no-new-privileges"},
             *([_landlock(host, rules)] if host.landlock_abi else []),
@@ -161,7 +173,8 @@ def confinement(spec: CageSpec, host: Host, who: Identity) -> dict[str, object]:
             "environment": dict(ENVIRONMENT),
             "namespaces": dict(host.namespaces),
             "mounts": {"/": SEALED, "/usr": SEALED, **dict.fromkeys(WRITABLE, NOTHING_RUNS)},
-            "sizes": {WORKSPACE: spec.limits.disk_bytes, TEMPORARY: _temporary_bytes(spec)},
+            "sizes": _sizes(spec),
+            "files": {path: size // BYTES_PER_FILE for path, size in _sizes(spec).items()},
             "rlimits": limits,
             "calls": {name: number for name, number in NUMBERS[host.machine].items() if name in CALLS},
             "forbidden": _forbidden(spec, host),
@@ -262,6 +275,10 @@ def _forbidden(spec: CageSpec, host: Host) -> str:
 
 def _temporary_bytes(spec: CageSpec) -> int:
     return min(spec.limits.disk_bytes, TEMPORARY_BYTES)
+
+
+def _sizes(spec: CageSpec) -> dict[str, int]:
+    return {WORKSPACE: spec.limits.disk_bytes, TEMPORARY: _temporary_bytes(spec)}
 
 
 def _file(path: str, text: str) -> Operation:
