@@ -47,9 +47,9 @@ class Reply:
 Script = Reply | list[Reply] | Callable[[Asked], Reply]
 
 
-def answer(document: object, status: int = 200, **headers: str) -> Reply:
+def answer(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
     """Answer with JSON."""
-    return Reply(status=status, body=json.dumps(document).encode(), headers=headers)
+    return Reply(status=status, body=json.dumps(document).encode(), headers=headers or {})
 
 
 def refuse(status: int, code: str, message: str = "cannot do this", **fields: object) -> Reply:
@@ -64,13 +64,15 @@ def events(*rows: Mapping[str, object], cut: bool = False) -> Reply:
     return Reply(pieces=tuple(json.dumps(row).encode() + b"\n" for row in rows), cut=cut)
 
 
-def sse(*chunks: object, done: bool = True, cut: bool = False, **headers: str) -> Reply:
+def sse(
+    *chunks: object, done: bool = True, cut: bool = False, headers: Mapping[str, str] | None = None
+) -> Reply:
     """Answer with a stream of server-sent events."""
     pieces = [b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks]
     return Reply(
         pieces=(*pieces, *([b"data: [DONE]\n\n"] if done else [])),
         cut=cut,
-        headers={"Content-Type": "text/event-stream; charset=utf-8", **headers},
+        headers={"Content-Type": "text/event-stream; charset=utf-8", **(headers or {})},
     )
 
 

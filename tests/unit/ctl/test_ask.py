@@ -33,7 +33,7 @@ def whole(text: str) -> dict[str, object]:
 @pytest.fixture
 def asked(node: FakeNode) -> FakeNode:
     node.on("GET", "/api/models", answer(MODELS))
-    return node.on(*CHAT, sse(chunk("Hel"), chunk("lo\n"), chunk(None, "stop"), **SAID))
+    return node.on(*CHAT, sse(chunk("Hel"), chunk("lo\n"), chunk(None, "stop"), headers=SAID))
 
 
 def test_the_answer_streams_to_stdout_and_the_choice_of_model_to_stderr(asked: FakeNode) -> None:
@@ -65,7 +65,7 @@ def test_verbose_says_who_answered_and_by_which_rule(asked: FakeNode) -> None:
 
 
 def test_json_is_one_document_with_the_answer_and_who_gave_it(asked: FakeNode) -> None:
-    asked.on(*CHAT, answer(whole("Hello"), **SAID))
+    asked.on(*CHAT, answer(whole("Hello"), headers=SAID))
     ran = ctl(asked, "ask", "--json", "hi")
     assert ran.code == 0
     assert ran.json["choices"][0]["message"]["content"] == "Hello"
@@ -80,7 +80,7 @@ def test_json_is_one_document_with_the_answer_and_who_gave_it(asked: FakeNode) -
 
 
 def test_no_stream_prints_the_whole_answer(asked: FakeNode) -> None:
-    asked.on(*CHAT, answer(whole("Hello"), **SAID))
+    asked.on(*CHAT, answer(whole("Hello"), headers=SAID))
     ran = ctl(asked, "ask", "--no-stream", "hi")
     assert (ran.code, ran.out) == (0, "Hello\n")
 

@@ -63,7 +63,7 @@ def test_each_status_becomes_its_class_and_exit_code(
 
 def test_a_refusal_by_the_policy_says_rule_place_and_receipt(node: FakeNode) -> None:
     error = {"code": "policy-denied", "message": "cannot ask this", "rule": "stays-home", "where": "p.toml:7"}
-    node.on("GET", "/api/models", answer({"error": error}, 403, **{"X-Mycoswarm-Receipt": "17-89abcdef"}))
+    node.on("GET", "/api/models", answer({"error": error}, 403, {"X-Mycoswarm-Receipt": "17-89abcdef"}))
     ran = ctl(node, "models")
     assert ran.code == 3
     assert "stays-home" in ran.err and "p.toml:7" in ran.err and "17-89abcdef" in ran.err

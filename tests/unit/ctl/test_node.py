@@ -1,0 +1,302 @@
+import json
+from typing import Any
+
+import pytest
+
+from mycoswarmd import __version__
+from tests.unit.ctl.fakenode import Asked, FakeNode, Reply, answer, ctl, refuse
+
+STATUS: dict[str, Any] = {
+    "node": "box\x1b[2J",
+    "version": "9.9",
+    "state": "yellow",
+    "problems": ["engine local is down: no model"],
+    "uptime_s": 3700,
+    "pid": 42,
+    "policy": {
+        "name": "home",
+        "sha256": "ab" * 32,
+        "path": "/etc/mycoswarm/policy.toml",
+        "loaded_at_ms": 1,
+        "problem": "",
+        "rules": 3,
+        "invariants_proved": 1,
+    },
+    "engines": [
+        {
+            "name": "local",
+            "kind": "managed",
+            "state": "down",
+            "detail": "no model",
+            "models": 0,
+            "running": 0,
+            "waiting": 0,
+            "pid": None,
+            "restarts": 2,
+        }
+    ],
+    "tasks": {"queued": 2, "running": 1, "waiting": 0},
+    "receipts": {"count": 17, "head": "17-89abcdef"},
+    "sandbox": {
+        "level": "reduced",
+        "facts": [{"name": "landlock", "ok": False, "detail": "no kernel support", "hint": "a newer kernel"}],
+    },
+    "listeners": ["unix:/run/x"],
+    "host": {
+        "hostname": "box",
+        "cpus": 4,
+        "memory_bytes": 8 << 30,
+        "own_memory_bytes": 60 << 20,
+        "gpus": [{"name": "Big GPU", "memory_bytes": 24 << 30}],
+        "tier": "gpu",
+    },
+}
+MODELS = {
+    "models": [
+        {
+            "name": "small",
+            "engine": "local",
+            "zone": "self",
+            "dest": None,
+            "context_tokens": 4096,
+            "kinds": ["chat", "text"],
+            "native_tools": False,
+            "loaded": True,
+            "size_bytes": 98 << 20,
+        },
+        {
+            "name": "big\x1b:cloud",
+            "engine": "ollama",
+            "zone": "cloud",
+            "dest": "bigcloud",
+            "context_tokens": None,
+            "kinds": ["chat"],
+            "native_tools": True,
+            "loaded": False,
+            "size_bytes": None,
+        },
+    ]
+}
+
+
+def test_status_shows_what_is_wrong_and_what_is_running(node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer(STATUS))
+    ran = ctl(node, "status")
+    assert ran.code == 0
+    for words in (
+        "yellow",
+        "engine local is down",
+        "1h 1m",
+        "home",
+        "3 rules",
+        "2 queued",
+        "17-89abcdef",
+        "reduced",
+        "unix:/run/x",
+        "Big GPU",
+        "24.0 GiB",
+    ):
+        assert words in ran.out, words
+    assert "\x1b" not in ran.out
+    assert ctl(node, "status", "--json").json == STATUS
+
+
+def test_status_shows_what_the_kernel_enforces_when_asked(node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer(STATUS))
+    assert "a newer kernel" not in ctl(node, "status").out
+    assert "a newer kernel" in ctl(node, "status", "--security").out
+
+
+def test_status_of_an_empty_answer_is_no_traceback(node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer({}))
+    assert ctl(node, "status").code == 0
+
+
+def test_status_is_watched_across_a_restart_of_the_node(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mycoswarmd.ctl.node._EVERY_S", 0.001)
+    gone, over = Reply(body=b"{", cut=True), refuse(500, "internal-error")
+    node.on("GET", "/api/status", [answer(STATUS), gone, answer(STATUS), over])
+    ran = ctl(node, "status", "--watch", "--json")
+    assert ran.code == 1
+    assert [row.get("state") for row in ran.lines] == ["yellow", "yellow", None]
+    assert ran.lines[-1]["error"]["code"] == "internal-error"
+
+
+def test_status_is_not_watched_where_there_is_no_node(node: FakeNode) -> None:
+    node.on("GET", "/api/status", Reply(body=b"{", cut=True))
+    assert ctl(node, "status", "--watch").code == 4
+
+
+def test_models_say_where_a_prompt_would_go(node: FakeNode) -> None:
+    node.on("GET", "/api/models", answer(MODELS))
+    ran = ctl(node, "models")
+    assert ran.code == 0
+    _, small, big = ran.out.splitlines()
+    assert small.split()[:4] == ["small", "self", "local", "4096"]
+    assert "98.0 MiB" in small
+    assert big.split()[:3] == ["big\\x1b:cloud", "cloud", "bigcloud"]
+    assert ctl(node, "models", "--json").json == MODELS
+    node.on("GET", "/api/models", answer({"models": []}))
+    assert "engine install" in ctl(node, "models").err
+
+
+@pytest.mark.parametrize(("severity", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
+def test_doctor_says_how_to_mend_and_fails_only_for_failures(
+    node: FakeNode, severity: str, code: int
+) -> None:
+    check = {
+        "name": "disk",
+        "ok": severity == "ok",
+        "severity": severity,
+        "detail": "10 MiB free\x07",
+        "fix": "free some" if severity != "ok" else "",
+    }
+    node.on("GET", "/api/doctor", answer({"checks": [check]}))
+    ran = ctl(node, "doctor")
+    assert ran.code == code
+    assert "disk" in ran.out and "10 MiB free\\x07" in ran.out
+    assert ("free some" in ran.out) == (severity != "ok")
+    machine = ctl(node, "doctor", "--json")
+    assert (machine.code, machine.json) == (code, {"checks": [check]})
+
+
+def test_version_works_with_and_without_a_node(node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer(STATUS))
+    ran = ctl(node, "version")
+    assert __version__ in ran.out and "9.9" in ran.out
+    assert ctl(node, "version", "--json").json == {"mycoswarmctl": __version__, "mycoswarmd": "9.9"}
+    alone = ctl(None, "--socket", str(node.path.with_name("none")), "version")
+    assert (alone.code, __version__ in alone.out) == (0, True)
+
+
+def test_the_socket_is_found_by_option_then_directory_then_environment(node: FakeNode) -> None:
+    node.on("GET", "/api/models", answer(MODELS))
+    state = node.path.with_name("state")
+    (state / "run").mkdir(parents=True)
+    (state / "run" / "api.sock").symlink_to(node.path)
+    env = {"MYCOSWARM_SOCKET": str(node.path)}
+    assert ctl(None, "--state", str(state), "models", env={"MYCOSWARM_SOCKET": "/nowhere"}).code == 0
+    assert ctl(None, "models", env=env).code == 0
+    assert ctl(None, "--socket", "/nowhere", "models", env=env).code == 4
+
+
+# --- keys ------------------------------------------------------------------------------------
+
+KEY = {
+    "id": "k-00112233",
+    "name": "editor",
+    "created_at_ms": 1_790_000_000_000,
+    "last_used_at_ms": None,
+    "revoked_at_ms": None,
+}
+
+
+def test_a_new_keys_secret_alone_is_on_stdout(node: FakeNode) -> None:
+    node.on("POST", "/api/keys", answer({"key": KEY, "secret": "mk-abc"}, 201))
+    ran = ctl(node, "keys", "create", "editor")
+    assert (ran.code, ran.out) == (0, "mk-abc\n")
+    assert "once" in ran.err
+    assert json.loads(node.asked[-1].body) == {"name": "editor"}
+    assert ctl(node, "keys", "create", "editor", "--json").json == {"key": KEY, "secret": "mk-abc"}
+    node.on("POST", "/api/keys", refuse(409, "key-exists", "cannot make this key: there is one"))
+    assert ctl(node, "keys", "create", "editor").code == 1
+
+
+def test_keys_are_listed_and_revoked(node: FakeNode) -> None:
+    node.on("GET", "/api/keys", answer({"keys": [KEY]}))
+    assert "editor" in ctl(node, "keys", "list").out
+    assert ctl(node, "keys", "list", "--json").json == {"keys": [KEY]}
+    node.on("DELETE", "/api/keys/editor", answer({"key": KEY}))
+    assert ctl(node, "keys", "revoke", "editor").code == 0
+    assert ctl(node, "keys", "revoke", "editor", "--json").json == {"key": KEY}
+    assert ctl(node, "keys", "revoke", "other").code == 1
+
+
+# --- audit -----------------------------------------------------------------------------------
+
+
+def receipt(seq: int, **body: object) -> dict[str, Any]:
+    return {
+        "seq": seq,
+        "id": f"{seq}-0123abcd",
+        "at_ms": 1_790_000_000_000 + seq,
+        "kind": "decision",
+        "body": body,
+        "prev_sha256": "00" * 32,
+        "sha256": "11" * 32,
+    }
+
+
+ROWS = [
+    receipt(1, decision="allow", rule="r1", model="a\x1bb"),
+    receipt(2, decision="deny", rule="default-deny", tainted=True),
+]
+
+
+def test_the_newest_receipts_are_shown(node: FakeNode) -> None:
+    node.on("GET", "/api/receipts", answer({"receipts": ROWS}))
+    ran = ctl(node, "audit", "tail", "-n", "2")
+    assert ran.code == 0
+    first, second = ran.out.splitlines()
+    assert "1-0123abcd" in first and "decision=allow" in first and "model=a\\x1bb" in first
+    assert "default-deny" in second
+    assert node.asked[-1].path == "/api/receipts?last=2"
+    assert ctl(node, "audit", "tail", "--json").lines == ROWS
+
+
+def test_receipts_are_followed_from_the_last_one_seen(
+    node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mycoswarmd.ctl.audit._EVERY_S", 0.001)
+
+    def pages(asked: Asked) -> Reply:
+        if "last=" in asked.path:
+            return answer({"receipts": ROWS[:1]})
+        if "after=1&" in asked.path:
+            return answer({"receipts": ROWS[1:]})
+        return refuse(503, "receipts-unwritable")
+
+    node.on("GET", "/api/receipts", pages)
+    ran = ctl(node, "audit", "tail", "-f", "--json")
+    assert ran.code == 1
+    assert [row.get("seq") for row in ran.lines] == [1, 2, None]
+    assert "after=2&" in node.asked[-1].path
+
+
+def test_one_receipt_is_shown_whole(node: FakeNode) -> None:
+    node.on("GET", "/api/receipts/1-0123abcd", answer(ROWS[0]))
+    ran = ctl(node, "audit", "show", "1-0123abcd")
+    assert ran.code == 0
+    assert "11" * 32 in ran.out and "r1" in ran.out and "a\\x1bb" in ran.out
+    assert ctl(node, "audit", "show", "1-0123abcd", "--json").json == ROWS[0]
+    assert ctl(node, "audit", "show", "99").code == 1
+
+
+def test_a_good_chain_exits_0_and_a_broken_one_1(node: FakeNode) -> None:
+    good = {"ok": True, "count": 17, "bad_seq": None, "reason": ""}
+    node.on("POST", "/api/receipts/verify", answer(good))
+    ran = ctl(node, "audit", "verify")
+    assert (ran.code, "17" in ran.out) == (0, True)
+    assert ctl(node, "audit", "verify", "--json").json == good
+    bad = {"ok": False, "count": 17, "bad_seq": 5, "reason": "the record was changed"}
+    node.on("POST", "/api/receipts/verify", answer(bad))
+    ran = ctl(node, "audit", "verify", "--head", "17-89abcdef")
+    assert ran.code == 1
+    assert "5" in ran.out and "changed" in ran.out
+    assert json.loads(node.asked[-1].body) == {"head": "17-89abcdef"}
+    machine = ctl(node, "audit", "verify", "--json")
+    assert (machine.code, machine.json) == (1, bad)
+
+
+def test_an_answer_that_does_not_say_ok_is_not_ok(node: FakeNode) -> None:
+    node.on("POST", "/api/receipts/verify", answer({"ok": "yes"}))
+    assert ctl(node, "audit", "verify").code == 1
+
+
+def test_the_head_is_one_line_to_keep(node: FakeNode) -> None:
+    head = {"seq": 17, "id": "17-89abcdef", "sha256": "22" * 32, "count": 17}
+    node.on("GET", "/api/receipts/head", answer(head))
+    assert ctl(node, "audit", "head").out == f"17-89abcdef {'22' * 32}\n"
+    assert ctl(node, "audit", "head", "--json").json == head
