@@ -1,7 +1,7 @@
 """Landlock rules of a cage as plain data: which path, which accesses. Applied inside by agent/confine.py.
 
-Law: what is not named cannot be opened. Programs are named one by one; the dynamic loader is executable only where some program is,
-and writable mounts are noexec besides, so that `ld.so ./file` runs nothing.
+Law: what is not named cannot be opened. Programs are named one by one; the dynamic loader is executable
+only where some program is, and writable mounts are noexec besides, so that `ld.so ./file` runs nothing.
 
 Source: landlock(7).
 """

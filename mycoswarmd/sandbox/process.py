@@ -123,15 +123,17 @@ def _options(
     for name in ROOT_LINKS:
         if Path(f"/{name}").is_symlink():
             yield from ("--symlink", str(Path(f"/{name}").readlink()), f"/{name}")
-    for path in (*ETC, TOPOLOGY):
-        yield from ("--ro-bind-try", path, path)
     yield from ("--proc", "/proc", "--dir", "/dev")
     for path in DEVICES:
         yield from ("--dev-bind", path, path)
-    for directory in sorted(str(path) for path in read_paths):
-        yield from ("--ro-bind", directory, directory)
-    for directory in sorted(str(path) for path in write_paths):
-        yield from ("--bind", directory, directory)
+    binds = [("--ro-bind-try", path) for path in (*ETC, TOPOLOGY)]
+    binds += sorted(("--ro-bind", str(path)) for path in read_paths)
+    binds += sorted(("--bind", str(path)) for path in write_paths)
+    # bubblewrap makes missing parents for root alone.
+    for directory in sorted({str(parent) for _, path in binds for parent in Path(path).parents} - {"/"}):
+        yield from ("--dir", directory)
+    for option, path in binds:
+        yield from (option, path, path)
     yield from ("--remount-ro", "/", "--cap-drop", "ALL")
 
 

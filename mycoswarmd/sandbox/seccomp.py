@@ -1,7 +1,8 @@
 """The cage's system call filter, assembled here: BPF bytes for x86-64 and arm64.
 
-What is named is allowed, allowed under a condition, or refused with EPERM; a call that is not named at all gives
-ENOSYS, so that programs fall back as on an older kernel. A foreign architecture or an x32 number kills.
+What is named is allowed, allowed under a condition, or refused with EPERM; a call that is not named at
+all gives ENOSYS, so that programs fall back as on an older kernel. A foreign architecture or an x32
+number kills.
 
 Law: no socket of any family can be made, no namespace entered, no memory turned into a file that runs.
 

@@ -1,7 +1,7 @@
 """What a cage consists of: operations for the starter, steps for the agent, probes for the proof. Pure.
 
-Two lists say everything. `operations` is what bubblewrap does, parents before children; each can describe itself.
-`confinement` is the CONFINE frame: what the agent then takes away from itself, and what it must prove.
+Two lists say everything. `operations` is what bubblewrap does, parents before children; each can describe
+itself. `confinement` is the CONFINE frame: what the agent then takes away from itself, and what it must prove.
 """
 
 from collections.abc import Mapping
@@ -185,7 +185,7 @@ def confinement(spec: CageSpec, host: Host, who: Identity) -> dict[str, object]:
 
 
 def check_enforceable(spec: CageSpec, host: Host) -> None:
-    """Refuse a task whose rights this kernel cannot enforce: without Landlock no program and no partial workspace."""
+    """Refuse what this kernel cannot enforce: without Landlock no program and no partial workspace."""
     if host.landlock_abi:
         return
     if spec.programs:

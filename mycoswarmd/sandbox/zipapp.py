@@ -1,4 +1,4 @@
-"""The agent's code as one file that runs on the system's Python: a zip whose bytes depend on nothing but the sources.
+"""The agent's code as one file for the system's Python: a zip whose bytes depend on its sources alone.
 
 Compiled modules lie beside the sources: a Python with another magic number ignores them, and one with the
 same starts twice as fast.
