@@ -7,7 +7,7 @@ client that went away, so that tests can tell what left the node and whether wor
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,8 +21,15 @@ class Upstream:
     def __init__(self) -> None:
         self.bodies: list[dict] = []  # type: ignore[type-arg]
         self.gone = threading.Event()  # some client left before its answer ended
-        self.calls: Callable[[dict], list[dict]] | None = None  # type: ignore[type-arg]
+        self.script: list[dict] = []  # type: ignore[type-arg]
+        self.step = 0
+        self.pause_s = 0.0  # before each answer of model `agent`
         self.url = ""
+
+    def play(self, *calls: tuple[str, dict], pause_s: float = 0.0) -> None:  # type: ignore[type-arg]
+        """Let model `agent` call these tools, in this order."""
+        self.script = [{"tool": tool, "arguments": arguments} for tool, arguments in calls]
+        self.step, self.pause_s = 0, pause_s
 
     def count(self, model: str) -> int:
         return sum(body.get("model") == model for body in self.bodies)
@@ -105,11 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(body, "Hello there")
 
     def _next_call(self, body: dict) -> str:  # type: ignore[type-arg]
-        """Let the test say, from the conversation so far, which tool is called next."""
-        assert self.book.calls is not None
-        steps = sum(message["role"] == "assistant" for message in body["messages"])
-        calls = self.book.calls(body)
-        return json.dumps(calls[min(steps, len(calls) - 1)])
+        """Call the tools of the test's script, one a request; the last one again and again."""
+        calls, index = self.book.script, min(self.book.step, len(self.book.script) - 1)
+        self.book.step += 1
+        del body
+        time.sleep(self.book.pause_s)
+        return json.dumps(calls[index])
 
     def _answer(self, body: dict, text: str) -> None:  # type: ignore[type-arg]
         if body.get("stream"):

@@ -104,8 +104,8 @@ class Router:
 
     def methods(self, path: str, *, is_local: bool) -> list[str]:
         """List the methods that a path has on a listener, for a 405."""
-        rows = [row for row in ROUTES if is_local or row.knock is Knock.ANY]
-        return sorted({row.method for row in rows if self.find(row.method, path) is not None})
+        found = (self.find(method, path) for method in sorted({route.method for route in ROUTES}))
+        return [row.method for row, _ in filter(None, found) if is_local or row.knock is Knock.ANY]
 
 
 def make_router() -> Router:

@@ -17,7 +17,7 @@ from mycoswarmd.core.policy.rights import compile_rights
 from mycoswarmd.core.policy.tools import TOOLS
 from mycoswarmd.core.tasks import Task, TaskState
 from mycoswarmd.core.types import UNKNOWN, Action, Request
-from mycoswarmd.errors import BadRequest, CageError, Denied, MycoswarmError, Unavailable
+from mycoswarmd.errors import BadRequest, CageError, Denied, EngineError, MycoswarmError, Unavailable
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.ports import (
     BlobStore,
@@ -227,6 +227,14 @@ class Attempt:
         started_s = self.clock.monotonic_s()
         try:
             routed, answer = await self._ask(prompt)
+        except EngineError as exc:
+            if exc.code != "no-tool-call":
+                raise
+            # The engine is well, the model talks nonsense: the agent counts that and gives up in time.
+            await self._note("model", {"step": self.steps, "text": exc.message, "tool_calls": []}, steps=1)
+            usage = {"prompt_tokens": 0, "completion_tokens": 0}
+            said = {"id": number, "text": exc.message, "tool_calls": [], "finish": "stop", "usage": usage}
+            return Frame(FrameType.MODEL_OK, said)
         except (Denied, BadRequest) as exc:
             await self._note("decision", {"action": "infer", **_no(exc)})
             return _refused(number, exc.code, exc.message, rule=getattr(exc, "rule", ""), is_fatal=True)

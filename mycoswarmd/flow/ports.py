@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from mycoswarmd.core.policy.evaluate import Permit
@@ -109,6 +110,44 @@ class Engine(Protocol):
 
     async def embed(self, permit: Permit, prompt: Prompt) -> Embeddings:
         """Return one vector for each input."""
+        ...
+
+
+class EngineProcess(Protocol):
+    """A running engine, as whoever started it holds it."""
+
+    @property
+    def pid(self) -> int:
+        """The first process started for it."""
+        ...
+
+    @property
+    def confined(self) -> bool:
+        """Whether it runs without network and sees only its own files."""
+        ...
+
+    async def wait(self) -> int:
+        """Wait for its end and return its code, negative for a signal."""
+        ...
+
+    async def kill(self) -> None:
+        """End it with all its children, and wait until they are gone. Idempotent."""
+        ...
+
+
+class EngineStarter(Protocol):
+    """Starts an engine's process; engines start none themselves."""
+
+    def __call__(
+        self,
+        argv: Sequence[str],
+        *,
+        read_paths: Sequence[Path],
+        write_paths: Sequence[Path],
+        env: Mapping[str, str],
+        log_path: Path,
+    ) -> EngineProcess:
+        """Start it, or raise CageError. It dies with this process."""
         ...
 
 

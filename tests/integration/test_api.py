@@ -135,7 +135,7 @@ def test_openai_client_streams_with_usage(client: openai.OpenAI) -> None:
 
 
 def test_openai_client_calls_tools_on_a_model_that_has_none(client: openai.OpenAI, engine: Upstream) -> None:
-    engine.calls = lambda _: [{"tool": "get_weather", "arguments": {"city": "Paris"}}]
+    engine.play(("get_weather", {"city": "Paris"}))
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     answer = client.chat.completions.create(
         model="agent",
@@ -299,7 +299,8 @@ def test_an_endless_chunked_body_is_cut_off(port: int, key: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/nothing", 404), ("DELETE", "/v1/chat/completions", 405), ("GET", "/api/tasks/t-unknown", 404),
-     ("GET", "/api/receipts/999999", 404), ("DELETE", "/api/keys/nobody", 404), ("POST", "/api/approvals/a-0", 400),
+     ("GET", "/api/receipts/999999", 404), ("DELETE", "/api/keys/nobody", 404),
+     ("POST", "/api/approvals/a-0", 400),
      ("GET", "/api/receipts?limit=-1", 400), ("GET", "/api/tasks?state=pending", 400)],
 )  # fmt: skip
 def test_wrong_paths_and_names_say_so(daemon: NodeProcess, method: str, path: str, status: int) -> None:
@@ -375,8 +376,10 @@ def test_a_client_that_goes_away_before_the_first_byte_stops_the_engine(
 # --- M1, M2, M10 --------------------------------------------------------------------------------
 
 VENDOR_NAMES = (
-    "qwen-max", "qwen2.5-72b-instruct", "gpt-4o", "gpt-5", "o3-mini", "claude-opus-4", "claude-3-haiku", "gemini-2.0-pro",
-    "glm-4", "glm-4.6:cloud", "deepseek-chat", "deepseek-reasoner", "mistral-large-latest", "command-r-plus", "grok-3",
+    "qwen-max", "qwen2.5-72b-instruct", "gpt-4o", "gpt-5", "o3-mini", "claude-opus-4", "claude-3-haiku",
+    "gemini-2.0-pro",
+    "glm-4", "glm-4.6:cloud", "deepseek-chat", "deepseek-reasoner", "mistral-large-latest", "command-r-plus",
+    "grok-3",
     "moonshot-v1", "kimi-k2", "ernie-4.5", "hunyuan-large", "gpt-oss:120b-cloud",
 )  # fmt: skip
 
