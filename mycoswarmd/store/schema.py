@@ -8,10 +8,12 @@ import sqlite3
 
 from mycoswarmd.errors import StoreError
 
-# Triggers keep one counter per state, so that "is the queue full" is one look-up, not a count.
+# Triggers keep one counter per state, so that "is the queue full" is one look-up, not a count. Each index
+# is another page to write and sync with every task, so there are only those that a look-up of one task
+# or the next task needs; lists walk the table from its newest row.
 _TASKS = """
 CREATE TABLE tasks (
-    n INTEGER PRIMARY KEY AUTOINCREMENT,  -- age, whatever the clock said
+    n INTEGER PRIMARY KEY,                -- age, whatever the clock said: rows are never deleted
     id TEXT NOT NULL UNIQUE,
     state TEXT NOT NULL,
     label TEXT NOT NULL,
@@ -39,8 +41,7 @@ CREATE TABLE tasks (
 CREATE UNIQUE INDEX tasks_idempotency ON tasks (submitter, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 CREATE INDEX tasks_queue ON tasks (priority, n) WHERE state = 'queued';
-CREATE INDEX tasks_state ON tasks (state, n);
-CREATE INDEX tasks_submitter ON tasks (submitter, n);
+CREATE INDEX tasks_running ON tasks (n) WHERE state = 'running';
 CREATE INDEX tasks_deadline ON tasks (deadline_at_ms)
     WHERE deadline_at_ms IS NOT NULL AND state IN ('queued', 'running', 'waiting');
 
@@ -62,7 +63,7 @@ CREATE TABLE events (
     kind TEXT NOT NULL,
     data TEXT NOT NULL,
     PRIMARY KEY (task_id, seq)
-) STRICT;
+) STRICT, WITHOUT ROWID;
 """
 
 _RECEIPTS = """
@@ -80,7 +81,7 @@ CREATE TRIGGER receipts_no_delete BEFORE DELETE ON receipts BEGIN SELECT RAISE(A
 
 _SMALL = """
 CREATE TABLE approvals (
-    n INTEGER PRIMARY KEY AUTOINCREMENT,
+    n INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
     task_id TEXT REFERENCES tasks (id),
     what TEXT NOT NULL,

@@ -60,6 +60,9 @@ _CRASH_REASONS: Mapping[TaskState, tuple[str, str]] = {
     ),
 }
 
+_INSERT_EVENT = "INSERT INTO events (task_id, seq, at_ms, attempt, kind, data) VALUES (?, ?, ?, ?, ?, ?)"
+_FIRST_STEP = encode_data({"from": None, "to": TaskState.QUEUED, "code": "", "message": ""})
+
 
 class SqliteTaskStore:
     """The queue in the database; implements flow.ports.TaskStore.
@@ -81,6 +84,17 @@ class SqliteTaskStore:
         if not 0 < len(task_id) <= MAX_NAME_CHARS:
             raise LocalProtocolError("bad-task-id", f"cannot store a task with the id {task_id[:40]!r}")
         encoded, sha256, by = encode_spec(spec), fingerprint(spec), spec.submitter.describe()
+        task = Task(
+            id=task_id,
+            spec=spec,
+            state=TaskState.QUEUED,
+            label=spec.label,
+            tainted=False,
+            attempt=0,
+            created_at_ms=now_ms,
+            updated_at_ms=now_ms,
+            not_before_ms=0,
+        )
 
         def store(connection: sqlite3.Connection) -> tuple[Task, bool]:
             known = _known(connection, by, spec.idempotency_key, sha256)
@@ -90,8 +104,8 @@ class SqliteTaskStore:
             try:
                 connection.execute(
                     "INSERT INTO tasks (id, state, label, submitter, spec, prompt, spec_sha256,"
-                    " idempotency_key, priority, created_at_ms, updated_at_ms, deadline_at_ms)"
-                    " VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    " idempotency_key, priority, created_at_ms, updated_at_ms, deadline_at_ms, events)"
+                    " VALUES (?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1)",
                     (
                         task_id,
                         spec.label,
@@ -108,8 +122,8 @@ class SqliteTaskStore:
                 )
             except sqlite3.IntegrityError as exc:
                 raise Conflict("task-exists", f"cannot store task {task_id!r}: there is one already") from exc
-            _append(connection, task_id, 0, now_ms, "state", {"from": None, "to": TaskState.QUEUED})
-            return _get(connection, task_id), True
+            connection.execute(_INSERT_EVENT, (task_id, 1, now_ms, 0, "state", _FIRST_STEP))
+            return task, True
 
         return await self._db.run(store)
 
@@ -421,8 +435,5 @@ def _append_encoded(
     (seq,) = connection.execute(
         "UPDATE tasks SET events = events + 1 WHERE id = ? RETURNING events", (task_id,)
     ).fetchone()
-    connection.execute(
-        "INSERT INTO events (task_id, seq, at_ms, attempt, kind, data) VALUES (?, ?, ?, ?, ?, ?)",
-        (task_id, seq, now_ms, attempt, kind, data),
-    )
+    connection.execute(_INSERT_EVENT, (task_id, seq, now_ms, attempt, kind, data))
     return int(seq)

@@ -13,7 +13,7 @@ from mycoswarmd.store.db import Database
 from mycoswarmd.store.receipts import SqliteReceiptLog
 from mycoswarmd.store.tasks import SqliteTaskStore
 
-TASKS = 6
+TASKS = 5
 
 
 def say(**line: object) -> None:

@@ -133,9 +133,10 @@ def commit_points() -> dict[str, int]:
 
 
 def test_the_scenario_has_commit_points(commit_points: dict[str, int]) -> None:
-    assert sum(commit_points.values()) > 40
+    assert sum(commit_points.values()) > 30
 
 
+@pytest.mark.timeout(180)  # some forty processes under strace: 12 s on two idle cores
 def test_killed_at_every_commit_point_nothing_acknowledged_is_lost(commit_points: dict[str, int]) -> None:
     acknowledged = 0
     for call, count in commit_points.items():
@@ -148,7 +149,7 @@ def test_killed_at_every_commit_point_nothing_acknowledged_is_lost(commit_points
                 assert {"op": "done"} not in lines, f"{call} {n} was never reached"
                 acknowledged += len(lines)
                 check(path, lines)
-    assert acknowledged > 500
+    assert acknowledged > 10 * sum(commit_points.values()) // 2
 
 
 @pytest.mark.parametrize("callers", [1, 8])
@@ -210,5 +211,5 @@ def test_nothing_is_acknowledged_before_what_was_written_is_synced(tmp_path: Pat
                 synced += 1
             elif not name.endswith(".db"):  # the database itself is written from the log, which is synced
                 unsynced.add(name)
-    assert acknowledged > 25
-    assert synced > 40
+    assert acknowledged > 20
+    assert synced > acknowledged
