@@ -5,14 +5,18 @@ from collections.abc import Collection, Mapping
 
 _TASK = "Files:\nshopping.txt\nclub.txt\n\nTask: Read club.txt and write a short summary to result.md"
 _TEXT = (
-    "Garden club, Monday\n- Eva buys seeds for the school garden before May.\n"
-    "- The pump is broken. Tom repairs it on Saturday.\n"
+    "Garden club, Monday evening\n\nThere: Eva, Tom.\n\n"
+    "- The pump is broken and the pond is empty. Tom repairs it on Saturday.\n"
+    "- Eva buys seeds for the school before May.\n- The fence is painted green.\n\nWe meet again in a month.\n"
 )
-_SUMMARY = "Eva buys seeds for the school garden before May. Tom repairs the broken pump on Saturday."
+_SUMMARY = (
+    "The pump is broken and Tom repairs it on Saturday. Eva buys seeds for the school before May. "
+    "The fence is painted green."
+)
 _CALLS: tuple[tuple[str, Mapping[str, str], str], ...] = (
     ("fs_read", {"path": "club.txt"}, _TEXT),
     ("fs_write", {"path": "result.md", "content": _SUMMARY}, f"Wrote {len(_SUMMARY)} bytes to result.md."),
-    ("finish", {"summary": "I read club.txt and wrote a short summary of it to result.md."}, "Done."),
+    ("finish", {"summary": "I read club.txt and wrote a short summary to result.md."}, "Done."),
 )
 
 

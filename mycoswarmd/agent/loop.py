@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mycoswarmd.agent.context import Context, clean
+from mycoswarmd.agent.demonstration import demonstration
 from mycoswarmd.agent.files import Outcome
 from mycoswarmd.agent.link import Link
-from mycoswarmd.agent.demonstration import demonstration
 from mycoswarmd.agent.offer import Progress, find_names, offer_tools
 from mycoswarmd.agent.tools import Workbench
 from mycoswarmd.errors import BadRequest
@@ -35,7 +35,9 @@ _DONE_CHARS = 4096
 _LISTED_FILES = 40
 _DEFAULT_CONTEXT = 4096
 _ANSWER_TOKENS = 1024
-_REMINDER_CHARS = 400
+# At temperature 0 a small model repeats its sentence until the bound; measured with one of 135 million
+# parameters: 0 loops for ever, 0.4 sometimes, 0.8 not.
+_GUIDED_PARAMS = {"frequency_penalty": 0.8}
 _MAX_TEXT_CHARS = 16 << 20
 
 _SYSTEM = (
@@ -133,13 +135,6 @@ class Loop:
             {"role": "user", "content": clean(f"Files:\n{listing}\n\nTask: {self.job.prompt}")},
         ]
 
-    def _reminder(self) -> list[dict[str, object]]:
-        """Say the task again at the end, where a small model heeds it."""
-        if not self.job.is_guided or self.steps == 1:
-            return []
-        task = clean(self.job.prompt[:_REMINDER_CHARS])
-        return [{"role": "user", "content": f"The task was: {task}\nMake the next call."}]
-
     def _step(self, answer_tokens: int) -> str | None:
         """Ask the model once and do what it says; return the summary when it has finished."""
         self.link.check()
@@ -151,11 +146,12 @@ class Loop:
         answer = self.link.ask(
             FrameType.MODEL,
             {
-                "messages": [*self._context.messages(), *self._reminder()],
+                "messages": self._context.messages(),
                 "tools": offer_tools(self.job.tools, self._progress, is_guided=self.job.is_guided),
                 "tool_choice": "required",
                 "max_tokens": answer_tokens,
                 "temperature": 0,
+                **(_GUIDED_PARAMS if self.job.is_guided else {}),
             },
         )
         text, calls = self._read_answer(answer)

@@ -174,6 +174,7 @@ class Attempt:
             "prompt": self.task.spec.prompt,
             "model": self.model,
             "tools": list(self.profile.tools),
+            "native_tools": info is not None and info.native_tools,
             "limits": {
                 "steps": self.profile.limits.steps,
                 "tokens": self.profile.limits.tokens,
@@ -221,7 +222,7 @@ class Attempt:
             return _refused(
                 number, "token-limit", f"the task has used its {limits.tokens} tokens", is_fatal=True
             )
-        keys = ("messages", "tools", "tool_choice", "max_tokens", "temperature")
+        keys = ("messages", "tools", "tool_choice", "max_tokens", "temperature", "frequency_penalty")
         body = {key: frame.body[key] for key in keys if key in frame.body}
         prompt = parse_chat(json.dumps({**body, "model": self.model}).encode("utf-8", "surrogatepass"))
         started_s = self.clock.monotonic_s()

@@ -7,12 +7,15 @@ for the kernel). Both lengths are bounded before anything is read.
 Node to cage, in order: CONFINE, WORKSPACE pieces, JOB; then answers and CANCEL at any time.
 Cage to node: PROOF (answers CONFINE), then MODEL, TOOL, TOOL_DONE, NOTE as it works, CHANGES pieces, RESULT.
 
-    CONFINE   {"task", "attempt", "read_paths", "write_paths", "programs", "limits": {...}, "landlock": [...]}
+    CONFINE   {"task", "attempt", "read_paths", "write_paths", "programs", "limits",
+               "steps", "narrow", "probes", "expect"}
               payload: the seccomp program
     PROOF     {"held": [...], "broken": [...], "absent": [...], "level", "error"?}
     WORKSPACE {"last": bool}                      payload: a piece of the tar
-    JOB       {"task", "prompt", "model", "tools": [names], "limits": {"steps", "tokens"}}
-    MODEL     {"id", "messages": [...], "tools": [...], "tool_choice", "max_tokens", "temperature"}
+    JOB       {"task", "prompt", "model", "native_tools", "tools": [names],
+               "limits": {"steps", "tokens", "context_tokens"}}
+    MODEL     {"id", "messages": [...], "tools": [...], "tool_choice", "max_tokens", "temperature",
+               "frequency_penalty"?}
     MODEL_OK  {"id", "text", "tool_calls": [{"id","name","arguments"}], "finish", "usage": {...}}
     TOOL      {"id", "tool", "arguments": {...}}  asks for a permit; nothing is done before PERMIT
     PERMIT    {"id", "rule"}
