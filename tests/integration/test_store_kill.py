@@ -33,6 +33,7 @@ pytestmark = pytest.mark.integration
 
 DRIVER = Path(__file__).with_name("store_driver.py")
 SYNCS = ("fsync", "fdatasync")
+HANG_US = 20_000
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ def test_killed_at_every_commit_point_nothing_acknowledged_is_lost(commit_points
         for n in range(1, count + 1):
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "state" / "mycoswarm.db"
-                inject = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={n}")
+                # It hangs before it dies: an acknowledgement that did not wait for it would get out.
+                fault = f"inject={call}:delay_enter={HANG_US}:signal=SIGKILL:when={n}"
+                inject = ("-e", f"trace={call}", "-e", fault)
                 done = drive(path, strace=("strace", "-f", "-qq", *inject, "-o", "/dev/null"))
                 lines = lines_of(done.stdout)
                 assert {"op": "done"} not in lines, f"{call} {n} was never reached"
