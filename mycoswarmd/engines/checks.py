@@ -15,7 +15,7 @@ def find_model(models: Sequence[ModelInfo], prompt: Prompt, *, engine: str) -> M
             return info
     raise NotFound(
         "model-not-found",
-        f"cannot find model {prompt.model[:80]!r} for {prompt.kind.value}: engine {engine!r} does not serve it",
+        f"cannot find model {prompt.model[:80]!r} for {prompt.kind.value}: engine {engine!r} has none",
     )
 
 

@@ -141,17 +141,14 @@ def _with_examples(
         system = f"{system}\n\n{messages[0].content}"
         messages = messages[1:]
     shots: list[Message] = []
+    if _may_answer(prompt):
+        shots.append(Message(role="user", content="Hi."))
+        greeting = _spell(_answer_name(prompt), {_ANSWER_TEXT: "Hello!"})
+        shots.append(Message(role="assistant", content=greeting))
     for tool in tools:
         user, arguments = _example(tool, schemas[tool.name])
         shots.append(Message(role="user", content=user))
         shots.append(Message(role="assistant", content=_spell(tool.name, arguments)))
-    if _may_answer(prompt):
-        shots.append(Message(role="user", content="Thank you, that is all."))
-        shots.append(
-            Message(
-                role="assistant", content=_spell(_answer_name(prompt), {_ANSWER_TEXT: "You are welcome."})
-            )
-        )
     return (Message(role="system", content=system), *shots, *messages)
 
 
@@ -159,11 +156,19 @@ def _example(tool: Tool, schema: Mapping[str, object]) -> tuple[str, object]:
     """Make a request in words and its arguments, from the schema's own examples where it has some."""
     given = tool.parameters.get("examples")
     arguments = given[0] if isinstance(given, list) and given else sample(schema)
-    request = _brief(tool) or tool.name.replace("_", " ")
-    if isinstance(arguments, Mapping) and arguments:
-        facts = ", ".join(f"{name} {_show(value)}" for name, value in arguments.items())
-        request = f"{request.rstrip('.')}: {facts}"
-    return request, arguments
+    request = (_brief(tool) or tool.name.replace("_", " ")).split(". ")[0].rstrip(".")
+    if not isinstance(arguments, Mapping):
+        return request, arguments
+    left: list[str] = []
+    for name, value in arguments.items():
+        # "Get the weather for a city" reads best as "Get the weather for Rome".
+        shown = _show(value)
+        place = re.search(rf"\b(?:an?|the) {re.escape(name)}\b", request)
+        if isinstance(value, str) and place is not None:
+            request = request[: place.start()] + shown + request[place.end() :]
+        else:
+            left.append(shown if isinstance(value, str) else f"{name} {shown}")
+    return f"{request}: {', '.join(left)}" if left else request, arguments
 
 
 def _show(value: object) -> str:
@@ -229,7 +234,7 @@ class TranslateCalls:
             case TextDelta(text):
                 self._collected += text
                 if len(self._collected) > _MAX_CALL_CHARS:
-                    raise EngineError("engine-failed", "cannot read the model's tool call: it does not end")
+                    raise EngineError("no-tool-call", "cannot read the model's tool call: it does not end")
                 words = self._words.feed(text) if self._words is not None else ""
                 return [TextDelta(words)] if words else []
             case Finish(reason):
@@ -261,7 +266,7 @@ class TranslateCalls:
             return words, None
         if self._answer_name is None:
             raise EngineError(
-                "engine-failed",
+                "no-tool-call",
                 f"cannot use the answer of model {self._prompt.model[:80]!r}: it made no tool call",
                 hint="the engine may not support response_format json_schema",
             )
