@@ -9,6 +9,7 @@ Source: landlock(7), seccomp(2), capabilities(7), getrlimit(2), mount(2).
 import ctypes
 import os
 import resource
+import struct
 from collections.abc import Callable, Mapping
 
 from mycoswarmd.errors import CageError
@@ -18,7 +19,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_SECCOMP, PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 22, 23, 24, 28
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 SECCOMP_MODE_FILTER = 2
-CAPABILITY_VERSION_3 = 0x20080522
+# Version 3 and this process; what follows are three sets of 64 bits, as six halves.
+CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
 # NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE with their locks, and KEEP_CAPS locked off.
 SECUREBITS = 0b1110_1111
 LAST_CAPABILITY = 63  # asking for more than the kernel has gives EINVAL, which ends the loop
@@ -40,23 +42,6 @@ LANDLOCK_FS = {
 LANDLOCK_FILE = {"execute", "write-file", "read-file", "truncate", "ioctl-dev"}
 LANDLOCK_TCP_ABI, LANDLOCK_TCP = 4, 0b11  # bind, connect
 LANDLOCK_SCOPE_ABI, LANDLOCK_SCOPE = 6, 0b11  # abstract unix sockets, signals
-
-
-class _Ruleset(ctypes.Structure):
-    _fields_ = [("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64)]  # noqa: RUF012  (ctypes wants this name and a sequence)
-
-
-class _PathBeneath(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = [("access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32)]  # noqa: RUF012  (ctypes wants this name and a sequence)
-
-
-class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]  # noqa: RUF012  (ctypes wants this name and a sequence)
-
-
-class CapabilityHeader(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]  # noqa: RUF012  (ctypes wants this name and a sequence)
 
 
 def apply(body: Mapping[str, object], payload: bytes) -> None:
@@ -162,8 +147,7 @@ def _drop_capabilities(_step: Mapping[str, object], _: bytes) -> None:
             break
         if held:
             prctl(PR_CAPBSET_DROP, capability)
-    header = CapabilityHeader(CAPABILITY_VERSION_3, 0)
-    call("capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
+    call("capset", CAPABILITY_HEADER, bytes(24))
 
 
 def _no_new_privileges(_step: Mapping[str, object], _: bytes) -> None:
@@ -175,14 +159,15 @@ def _landlock(step: Mapping[str, object], _: bytes) -> None:
     assert isinstance(abi, int)
     assert isinstance(rules, list)
     handled = {name: bit for name, (bit, since) in LANDLOCK_FS.items() if since <= abi}
-    ruleset = _Ruleset(
+    ruleset = struct.pack(
+        "=QQQ",
         sum(1 << bit for bit in handled.values()),
         LANDLOCK_TCP if abi >= LANDLOCK_TCP_ABI else 0,
         LANDLOCK_SCOPE if abi >= LANDLOCK_SCOPE_ABI else 0,
     )
     # The kernel takes a shorter structure from older callers, and refuses non-zero bytes it does not know.
     size = 24 if abi >= LANDLOCK_SCOPE_ABI else 16 if abi >= LANDLOCK_TCP_ABI else 8
-    ruleset_fd = system_call(LANDLOCK_CREATE, ctypes.byref(ruleset), ctypes.c_size_t(size), 0)
+    ruleset_fd = system_call(LANDLOCK_CREATE, ruleset, ctypes.c_size_t(size), 0)
     try:
         for path, accesses in rules:
             _add_rule(ruleset_fd, path, {name: handled[name] for name in accesses if name in handled})
@@ -197,17 +182,17 @@ def _add_rule(ruleset_fd: int, path: str, bits: Mapping[str, int]) -> None:
     try:
         is_directory = (os.fstat(fd).st_mode & 0o170000) == 0o040000
         mask = sum(1 << bit for name, bit in bits.items() if is_directory or name in LANDLOCK_FILE)
-        rule = _PathBeneath(mask, fd)
-        system_call(LANDLOCK_ADD, ruleset_fd, LANDLOCK_PATH_BENEATH, ctypes.byref(rule), 0)
+        rule = struct.pack("=Qi", mask, fd)
+        system_call(LANDLOCK_ADD, ruleset_fd, LANDLOCK_PATH_BENEATH, rule, 0)
     finally:
         os.close(fd)
 
 
 def _seccomp(_step: Mapping[str, object], program: bytes) -> None:
-    filter_program = _Program(len(program) // 8, program)
-    pointer = ctypes.cast(ctypes.pointer(filter_program), ctypes.c_void_p).value
-    assert pointer is not None
-    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, pointer)
+    code = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: a length, padding, and a pointer, each as this machine has them.
+    pointer = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(code)))
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(pointer))
 
 
 STEPS: dict[str, Callable[[Mapping[str, object], bytes], None]] = {

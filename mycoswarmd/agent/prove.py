@@ -1,8 +1,8 @@
 """Tries to break out of the cage, before there is anything to steal: a table of probes.
 
 A probe returns None when it held, otherwise what it got instead. Facts (flags of mounts, identities of
-namespaces) are asked of the kernel where an attempt would be slow or would prove less. The node names the probes
-it demands; one that is not in the table counts as broken.
+namespaces) are asked of the kernel where an attempt would be slow or would prove less. The node names the
+probes it demands; one that is not in the table counts as broken.
 
 Source: the project's threat model, and the failures listed there by CVE.
 """
@@ -18,10 +18,9 @@ import signal
 from collections.abc import Callable, Mapping
 
 from mycoswarmd.agent.confine import (
-    CAPABILITY_VERSION_3,
+    CAPABILITY_HEADER,
     LIBC,
     SECUREBITS,
-    CapabilityHeader,
     call,
     prctl,
     system_call,
@@ -175,7 +174,7 @@ def _descriptors(_: Expect) -> str | None:
 
 def _capabilities(_: Expect) -> str | None:
     sets = (ctypes.c_uint32 * 6)()
-    call("capget", ctypes.byref(CapabilityHeader(CAPABILITY_VERSION_3, 0)), ctypes.byref(sets))
+    call("capget", CAPABILITY_HEADER, ctypes.byref(sets))
     bounding = []
     for capability in range(64):
         try:
@@ -242,7 +241,8 @@ def _forbidden_program(expect: Expect) -> str | None:
     path = expect["forbidden"]
     assert isinstance(path, str)
     # Were it permitted, this process would be gone, and with it the proof: that refuses the cage too.
-    return _fails(lambda: os.execve(path, [path, "--version"], {}), REFUSED) or _fails(_opens(path), REFUSED)
+    runs = _fails(lambda: os.execve(path, [path, "--version"], {}), REFUSED)  # noqa: S606
+    return runs or _fails(_opens(path), REFUSED)
 
 
 def _parent_death_signal() -> int:

@@ -137,7 +137,7 @@ def _content(data: bytes) -> int:
 
 
 def pipe_pair(ours: ExitStack, theirs: ExitStack) -> tuple[int, int]:
-    """Return a reading end that does not block, closed with `ours`, and a writing end, closed with `theirs`."""
+    """Return a reading end that does not block, closed with `ours`, and a writing one, with `theirs`."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(reader, False)
     ours.callback(os.close, reader)

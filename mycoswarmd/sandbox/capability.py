@@ -24,8 +24,8 @@ CONTROLLERS = Path("/proc/cgroups")
 OLDEST_PYTHON = (3, 11)
 # bubblewrap needs 5 ms; a box that swaps gets this long to show that it can.
 TRIAL_S = 10.0
-# Ubuntu's own profile for bubblewrap takes all capabilities from what runs inside; a cage needs two of them to make
-# its writable mounts noexec and to give up the rest, before anything else happens there.
+# Ubuntu's own profile for bubblewrap takes all capabilities from what runs inside; a cage needs two of them
+# to make its writable mounts noexec and to give up the rest, before anything else happens there.
 RESTRICTING_PROFILE = Path("/etc/apparmor.d/bwrap-userns-restrict")
 DISABLE_HINT = (
     f"ln -s {RESTRICTING_PROFILE} /etc/apparmor.d/disable/ && apparmor_parser -R {RESTRICTING_PROFILE}"
@@ -36,9 +36,10 @@ APPARMOR_HINT = (
 )
 # The namespaces and the fresh /proc of a cage, and a capability that can be used: what a machine may refuse.
 TRIAL = (
-    BWRAP, "--unshare-user", "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent",
-    "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/lib", "/lib", "--ro-bind-try", "/lib64", "/lib64", "--proc", "/proc",
-    "--tmpfs", "/tmp", "--cap-add", "CAP_SETPCAP", "--", "/usr/bin/setpriv", "--bounding-set=-all", "/usr/bin/true",
+    BWRAP, "--unshare-user", "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts",
+    "--die-with-parent", "--ro-bind", "/usr", "/usr", "--ro-bind-try", "/lib", "/lib",
+    "--ro-bind-try", "/lib64", "/lib64", "--proc", "/proc",
+    "--cap-add", "CAP_SETPCAP", "--", "/usr/bin/setpriv", "--bounding-set=-all", "/usr/bin/true",
 )  # fmt: skip
 
 
@@ -94,7 +95,9 @@ def _namespace_hint() -> str:
     if _is_set(APPARMOR_RESTRICTS):
         return APPARMOR_HINT if not RESTRICTING_PROFILE.exists() else f"{DISABLE_HINT} && {APPARMOR_HINT}"
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
-        return "inside a container: run it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+        return (
+            "run the container with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+        )
     return "sysctl user.max_user_namespaces=15000; on older Debian also kernel.unprivileged_userns_clone=1"
 
 

@@ -80,13 +80,14 @@ class Child:
         milliseconds.
         """
         cancelled: asyncio.CancelledError | None = None
-        while True:
+        code: int | None = None
+        while code is None:
             self.send_kill()
             try:
-                code = await self.wait()
+                ended = await self.wait()
                 if self._init_pidfd is not None:
                     await _wait_pidfd(self._init_pidfd)
-                break
+                code = ended
             except asyncio.CancelledError as exc:
                 cancelled = exc
         self._release()

@@ -2,8 +2,8 @@
 
 Started by root, bubblewrap itself builds the mounts as root, for only root can reach files below a
 private state directory; inside, setpriv becomes another uid without any capability before the engine
-starts. Started by a person, it is a user namespace with that person's uid. Where bubblewrap cannot work the engine
-runs plainly, and says why.
+starts. Started by a person, it is a user namespace with that person's uid. Where bubblewrap cannot work
+the engine runs plainly, and says why.
 
 Source: bwrap(1), setpriv(1).
 """
@@ -63,10 +63,10 @@ def start_engine(
     log_path: Path,
     die_with_parent: bool = True,
 ) -> Process:
-    """Start an engine that sees the system, its read-only paths and its writable directories, and nothing else.
+    """Start an engine that sees the system, its read-only paths and its writable directories only.
 
-    The directories in `write_paths` are the engine's alone: started by root, they are handed to its uid. Files
-    in `read_paths` become readable for its group there.
+    The directories in `write_paths` are the engine's alone: started by root, they are handed to its uid.
+    Files in `read_paths` become readable for its group there.
     """
     reason = why_not_confined()
     options: list[str] = []
@@ -108,7 +108,8 @@ def why_not_confined() -> str:
         return "setpriv (util-linux) is not installed"
     inside = _step_down() if os.geteuid() == 0 else ["--unshare-user", "--"]
     trial = ends_well(
-        [BWRAP, *_options((), (), die_with_parent=True), *inside, "/usr/bin/true"], within_s=TRIAL_S
+        [BWRAP, *_options((), (), die_with_parent=True), *inside, "/usr/bin/true"],
+        within_s=TRIAL_S,
     )
     return f"bubblewrap cannot work here: {trial}" if trial else ""
 

@@ -1,7 +1,7 @@
 """What a cage consists of: operations for the starter, steps for the agent, probes for the proof. Pure.
 
 Two lists say everything. `operations` is what bubblewrap does, parents before children; each can describe
-itself. `confinement` is the CONFINE frame: what the agent then takes away from itself, and what it must prove.
+itself. `confinement` is the CONFINE frame: what the agent takes away from itself, and what it must prove.
 """
 
 from collections.abc import Mapping
@@ -35,8 +35,8 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 # What scratch space a test run or a compiler needs; it is memory, so no more.
 TEMPORARY_BYTES = 64 << 20
-# An empty file costs the kernel about 1 KiB, which counts as nothing in the size of a tmpfs: this keeps a million
-# of them from taking the machine's memory. A workspace of 256 MiB may hold 131,072.
+# An empty file costs the kernel about 1 KiB, which counts as nothing in the size of a tmpfs: this keeps a
+# million of them from taking the machine's memory. A workspace of 256 MiB may hold 131,072.
 BYTES_PER_FILE = 2048
 # Programs open a few dozen files; this is also what bounds the search for inherited ones.
 OPEN_FILES = 256
@@ -51,8 +51,9 @@ NO_USE = ("CORE", "MEMLOCK", "MSGQUEUE", "RTPRIO", "NICE")
 NEVER = ("cpu-cgroup", "memory-cgroup")
 
 HIDDEN = (
-    "/etc/shadow", "/etc/mycoswarm", "/root", "/home", "/var", "/sys", "/boot", "/srv", "/mnt", "/run/dbus", "/run/systemd",
-    "/run/user", "/dev/fuse", "/dev/kmsg", "/dev/kvm", "/dev/mem", "/dev/pts", "/dev/ptmx", "/dev/shm", "/dev/tty",
+    "/etc/shadow", "/etc/mycoswarm", "/root", "/home", "/var", "/sys", "/boot", "/srv", "/mnt", "/run/dbus",
+    "/run/systemd", "/run/user", "/dev/fuse", "/dev/kmsg", "/dev/kvm", "/dev/mem", "/dev/pts", "/dev/ptmx",
+    "/dev/shm", "/dev/tty",  # noqa: S108
     "/proc/self/root/etc/shadow", "/proc/1/root/etc", "/proc/1/mem", "/proc/kcore",
 )  # fmt: skip
 HIDDEN_BY_LANDLOCK = ("/proc/1/environ", "/proc/cmdline", "/proc/self/maps", "/usr/bin", "/usr/sbin")
@@ -220,8 +221,9 @@ def probes(spec: CageSpec, host: Host) -> tuple[str, ...]:
     """Return the names of the probes that must hold, as agent/prove.py knows them."""
     machine = NUMBERS[host.machine]
     return (
-        "identity", "environment", "descriptors", "capabilities", "securebits", "no-new-privileges", "seccomp", "session",
-        "dies-with-node", "sockets", "clone-namespace", "clone3", "setuid-file", "terminal-input", "personality", "memory",
+        "identity", "environment", "descriptors", "capabilities", "securebits", "no-new-privileges",
+        "seccomp", "session", "dies-with-node", "sockets", "clone-namespace", "clone3", "setuid-file",
+        "terminal-input", "personality", "memory",
         *(f"namespace={kind}" for kind, own in host.namespaces.items() if own),
         *(f"mount={path}" for path in ("/", "/usr", *WRITABLE)),
         *(f"size={path}" for path in WRITABLE),
