@@ -115,7 +115,8 @@ class FakeNode:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 asked = Asked(method=self.command, path=self.path, headers=headers, body=body)
-                self.send(node.reply(asked))
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self.send(node.reply(asked))
 
             do_GET = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 - http.server's names
 
@@ -132,12 +133,11 @@ class FakeNode:
                     return
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    for piece in reply.pieces:
-                        self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-                        self.wfile.flush()
-                    if not reply.cut:
-                        self.wfile.write(b"0\r\n\r\n")
+                for piece in reply.pieces:
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                    self.wfile.flush()
+                if not reply.cut:
+                    self.wfile.write(b"0\r\n\r\n")
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 """Say nothing."""

@@ -1,0 +1,174 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.ctl.fakenode import FakeNode, answer, ctl, refuse
+
+DEMO = Path(__file__).parents[3] / "docs" / "demo" / "policy.toml"
+EXPLANATION = {
+    "decision": "deny",
+    "rule": "default-deny",
+    "why": "no rule allows it",
+    "where": "",
+    "matched": [],
+    "lacking": [
+        {
+            "rule": "answered-here",
+            "where": "policy.toml:33",
+            "effect": "allow",
+            "missing": ["zone is cloud\x1b"],
+        }
+    ],
+    "candidates": [
+        {
+            "node": "box",
+            "engine": "local",
+            "model": "gpt-4o",
+            "zone": "cloud",
+            "dest": "bigcloud",
+            "decision": "deny",
+            "rule": "default-deny",
+            "why": "",
+        }
+    ],
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.toml"
+    path.write_bytes(DEMO.read_bytes())
+    return path
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+# --- check, test, prove: here ----------------------------------------------------------------
+
+
+def test_a_good_file_is_checked_without_a_node(file: Path) -> None:
+    nowhere = ("--socket", "/nowhere")
+    ran = ctl(None, *nowhere, "policy", "check", str(file))
+    assert ran.code == 0, ran.err
+    assert "valid" in ran.out and "demo" in ran.out
+    document = ctl(None, *nowhere, "policy", "check", str(file), "--json").json
+    assert document["name"] == "demo"
+    assert (document["rules"], len(document["tests"]), len(document["proofs"])) == (3, 1, 1)
+
+
+def test_every_mistake_is_listed_with_its_line(file: Path) -> None:
+    change(
+        file,
+        "[[invariant]]",
+        '[[rule]]\nid = "x"\neffekt = "allow"\n\n[[rule]]\nid = "y"\nzoen = ["self"]\n\n[[invariant]]',
+    )
+    ran = ctl(None, "--socket", "/nowhere", "policy", "check", str(file))
+    assert ran.code == 1
+    assert "effekt" in ran.err and "zoen" in ran.err
+    assert f"{file}:" in ran.err and "Traceback" not in ran.err
+    document = ctl(None, "--socket", "/nowhere", "policy", "check", str(file), "--json").json
+    assert len(document["error"]["problems"]) >= 2
+
+
+@pytest.mark.parametrize("command", ["test", "check"])
+def test_a_failing_case_exits_1(file: Path, command: str) -> None:
+    change(file, 'expect  = "deny"', 'expect  = "allow"')
+    ran = ctl(None, "--socket", "/nowhere", "policy", command, str(file))
+    assert ran.code == 1
+    assert "opens no door" in ran.out + ran.err
+
+
+@pytest.mark.parametrize("command", ["prove", "check"])
+def test_a_broken_invariant_exits_1(file: Path, command: str) -> None:
+    change(file, 'zone   = ["self"]', 'zone   = ["self", "cloud"]')
+    ran = ctl(None, "--socket", "/nowhere", "policy", command, str(file))
+    assert ran.code == 1
+    assert "nothing-leaves" in ran.out + ran.err
+
+
+@pytest.mark.parametrize("command", ["test", "prove"])
+def test_what_passes_is_named(file: Path, command: str) -> None:
+    ran = ctl(None, "--socket", "/nowhere", "policy", command, str(file))
+    assert ran.code == 0
+    assert ("nothing-leaves" if command == "prove" else "opens no door") in ran.out
+    assert ctl(None, "--socket", "/nowhere", "policy", command, str(file), "--json").code == 0
+
+
+def test_the_nodes_file_is_taken_where_none_is_named(node: FakeNode, file: Path) -> None:
+    node.on("GET", "/api/policy", answer({"path": str(file)}))
+    assert ctl(node, "policy", "check", "--json").json["path"] == str(file)
+
+
+def test_a_file_that_is_none_is_said_so(tmp_path: Path) -> None:
+    fifo, big = tmp_path / "fifo", tmp_path / "big"
+    os.mkfifo(fifo)
+    big.write_bytes(b"# x\n" * (100 << 10))
+    for path in (fifo, big, tmp_path, tmp_path / "none"):
+        ran = ctl(None, "--socket", "/nowhere", "policy", "check", str(path))
+        assert ran.code == 1, path
+        assert path.name in ran.err and "cannot" in ran.err and "Traceback" not in ran.err
+
+
+def test_a_file_that_is_no_text_is_said_so(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    ran = ctl(None, "--socket", "/nowhere", "policy", "check", str(path))
+    assert ran.code == 1
+    assert "Traceback" not in ran.err
+
+
+# --- explain, show, reload: through the node --------------------------------------------------
+
+
+def test_explain_sends_what_was_asked_and_says_what_each_rule_lacked(node: FakeNode) -> None:
+    node.on("POST", "/api/policy/explain", answer(EXPLANATION))
+    given = {"action": "infer", "model": "gpt-4o", "label": "private", "dest": "bigcloud", "zone": "cloud"}
+    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    ran = ctl(node, "policy", "explain", *flags, "--origin", "alice", "--from", "peer", "--tainted")
+    assert ran.code == 0
+    assert json.loads(node.asked[-1].body) == {**given, "origin": "alice", "from": "peer", "tainted": True}
+    for words in (
+        "deny",
+        "default-deny",
+        "no rule allows it",
+        "answered-here",
+        "zone is cloud\\x1b",
+        "gpt-4o",
+    ):
+        assert words in ran.out, words
+    assert ctl(node, "policy", "explain", "--action", "infer", "--json").json == EXPLANATION
+    assert json.loads(node.asked[-1].body) == {"action": "infer"}
+
+
+def test_explain_needs_an_action(node: FakeNode) -> None:
+    assert ctl(node, "policy", "explain").code == 2
+    node.on("POST", "/api/policy/explain", refuse(400, "bad-request", "cannot explain: no such action"))
+    assert ctl(node, "policy", "explain", "--action", "fly").code == 1
+
+
+def test_the_policy_in_force_is_shown(node: FakeNode) -> None:
+    shown = {"path": "/etc/p.toml", "sha256": "ab" * 32, "text": 'name = "x"\n', "problem": "broken\x1b now"}
+    node.on("GET", "/api/policy", answer(shown))
+    ran = ctl(node, "policy", "show")
+    assert (ran.code, ran.out) == (0, 'name = "x"\n')
+    assert "/etc/p.toml" in ran.err and "broken\\x1b now" in ran.err
+    assert ctl(node, "policy", "show", "--json").json == shown
+
+
+def test_a_reload_says_what_is_decided_differently(node: FakeNode) -> None:
+    done = {
+        "changed": ["infer to cloud: deny -> allow"],
+        "warnings": ["rule 'x' never matches"],
+        "sha256": "cd" * 32,
+    }
+    node.on("POST", "/api/policy/reload", answer(done))
+    ran = ctl(node, "policy", "reload")
+    assert ran.code == 0
+    assert "deny -> allow" in ran.out and "never matches" in ran.err
+    assert ctl(node, "policy", "reload", "--json").json == done

@@ -1,0 +1,158 @@
+"""The command starts at once, loads nothing that it does not need, and ends quietly."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.ctl.fakenode import FakeNode, Reply, answer, ctl
+
+HEAVY = {
+    "aiohttp",
+    "rich",
+    "zeroconf",
+    "cryptography",
+    "psutil",
+    "sqlite3",
+    "asyncio",
+    "http.client",
+    "ssl",
+    "tomllib",
+}
+BUDGET_S = 0.2
+
+
+def start(*arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *flags, "-m", "mycoswarmd.ctl.main", *arguments]
+    env = {**os.environ, "COLUMNS": "100"}
+    env.pop("TYPER_USE_RICH", None)
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def loaded(ran: subprocess.CompletedProcess[str]) -> set[str]:
+    return {
+        row.rpartition("|")[2].strip() for row in ran.stderr.splitlines() if row.startswith("import time")
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("policy", "--help"), ("ask", "--help")]
+)
+def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    ran = start(*arguments, flags=("-X", "importtime"))
+    assert ran.returncode == 0
+    names = loaded(ran)
+    assert "mycoswarmd.ctl.main" in names or "mycoswarmd.ctl.session" in names
+    assert {name for name in names if name.split(".")[0] in HEAVY or name in HEAVY} == set()
+    assert {name for name in names if re.match(r"mycoswarmd\.(?!ctl|core|wire|errors|_)", name)} <= {
+        "mycoswarmd.errors"
+    }
+
+
+def test_a_command_loads_no_server_and_no_rich(node: FakeNode) -> None:
+    node.on("GET", "/api/models", answer({"models": [{"name": "small"}]}))
+    ran = start("--socket", str(node.path), "models", flags=("-X", "importtime"))
+    assert ran.returncode == 0, ran.stderr
+    assert not {name.split(".")[0] for name in loaded(ran)} & {"aiohttp", "rich", "zeroconf", "cryptography"}
+
+
+def test_help_is_there_within_its_budget() -> None:
+    took = []
+    for _ in range(5):
+        before = time.perf_counter()
+        assert start("--help").returncode == 0
+        took.append(time.perf_counter() - before)
+    # The best of a few: the budget is of the program, not of a machine that is busy with other tests.
+    assert min(took) < BUDGET_S
+
+
+def test_help_is_plain_text_with_examples_and_exit_codes() -> None:
+    ran = start("--help")
+    assert "\x1b" not in ran.stdout and "─" not in ran.stdout
+    assert "Examples:" in ran.stdout and "4 cannot reach" in ran.stdout
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nonsense",), ("ask",), ("ask", "--nonsense", "x"), ("run", "--priority", "11", "x"), ("--nonsense",)],
+)
+def test_a_wrong_command_line_exits_2_and_is_no_traceback(arguments: tuple[str, ...]) -> None:
+    ran = start(*arguments)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "Traceback" not in ran.stderr and "Usage:" in ran.stderr
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(node: FakeNode) -> None:
+    node.on("GET", "/api/policy", answer({"text": "x" * 1_000_000 + "\n"}))
+    command = [sys.executable, "-m", "mycoswarmd.ctl.main", "--socket", str(node.path), "policy", "show"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == 141
+    assert b"Traceback" not in said and b"Exception" not in said
+
+
+def test_ctrl_c_is_quiet_and_exits_130(node: FakeNode) -> None:
+    node.on("POST", "/v1/chat/completions", lambda asked: (time.sleep(3), Reply())[1])
+    command = [
+        sys.executable,
+        "-m",
+        "mycoswarmd.ctl.main",
+        "--socket",
+        str(node.path),
+        "ask",
+        "-m",
+        "x",
+        "hi",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with node.changed:
+            assert node.changed.wait_for(lambda: bool(node.asked), 10)
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=10)
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in said
+
+
+def test_the_answer_of_a_model_survives_a_terminal_without_unicode(node: FakeNode) -> None:
+    chunk = {"choices": [{"message": {"content": "Grüße 世界"}, "finish_reason": "stop"}]}
+    node.on("POST", "/v1/chat/completions", answer(chunk))
+    command = [
+        sys.executable,
+        "-m",
+        "mycoswarmd.ctl.main",
+        "--socket",
+        str(node.path),
+        "ask",
+        "-m",
+        "x",
+        "hi",
+    ]
+    env = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    ran = subprocess.run(command, capture_output=True, env=env)
+    assert (ran.returncode, ran.stdout) == (0, rb"Gr\xfc\xdfe \u4e16\u754c" + b"\n")
+
+
+def test_the_installed_command_is_this_one() -> None:
+    script = Path(sys.executable).with_name("mycoswarmctl")
+    if not script.exists():
+        pytest.skip("the package is not installed in this environment")
+    assert subprocess.run([script, "--help"], capture_output=True).returncode == 0
+
+
+def test_an_option_of_the_node_is_refused_after_the_command(node: FakeNode) -> None:
+    assert ctl(node, "models", "--socket", "x").code == 2
