@@ -25,8 +25,8 @@ ALLOWED: tuple[str, ...] = tuple(
     sched_getaffinity epoll_create getdents64 set_tid_address restart_syscall fadvise64 timer_create
     timer_settime timer_gettime timer_getoverrun timer_delete clock_gettime clock_getres clock_nanosleep
     exit_group epoll_wait epoll_ctl tgkill utimes waitid inotify_init inotify_add_watch inotify_rm_watch
-    mkdirat futimesat newfstatat fstatat unlinkat renameat linkat symlinkat readlinkat faccessat pselect6
-    ppoll set_robust_list get_robust_list splice tee sync_file_range utimensat epoll_pwait signalfd
+    mkdirat futimesat newfstatat unlinkat renameat linkat symlinkat readlinkat faccessat pselect6 ppoll
+    set_robust_list get_robust_list splice tee sync_file_range utimensat epoll_pwait signalfd
     timerfd_create eventfd fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 epoll_create1 dup3
     pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo prlimit64 syncfs getcpu sched_setattr
     sched_getattr renameat2 seccomp getrandom membarrier mlock munlock mlock2 copy_file_range preadv2
@@ -140,10 +140,10 @@ NUMBERS: Mapping[str, Mapping[str, int]] = {
         57, "vhangup": 58, "pipe2": 59, "quotactl": 60, "getdents64": 61, "lseek": 62, "read": 63,
         "write": 64, "readv": 65, "writev": 66, "pread64": 67, "pwrite64": 68, "preadv": 69, "pwritev":
         70, "sendfile": 71, "pselect6": 72, "ppoll": 73, "signalfd4": 74, "vmsplice": 75, "splice": 76,
-        "tee": 77, "readlinkat": 78, "fstatat": 79, "newfstatat": 79, "fstat": 80, "sync": 81, "fsync":
-        82, "fdatasync": 83, "sync_file_range": 84, "timerfd_create": 85, "timerfd_settime": 86,
-        "timerfd_gettime": 87, "utimensat": 88, "acct": 89, "capget": 90, "capset": 91, "personality": 92,
-        "exit": 93, "exit_group": 94, "waitid": 95, "set_tid_address": 96, "unshare": 97, "futex": 98,
+        "tee": 77, "readlinkat": 78, "newfstatat": 79, "fstat": 80, "sync": 81, "fsync": 82, "fdatasync":
+        83, "sync_file_range": 84, "timerfd_create": 85, "timerfd_settime": 86, "timerfd_gettime": 87,
+        "utimensat": 88, "acct": 89, "capget": 90, "capset": 91, "personality": 92, "exit": 93,
+        "exit_group": 94, "waitid": 95, "set_tid_address": 96, "unshare": 97, "futex": 98,
         "set_robust_list": 99, "get_robust_list": 100, "nanosleep": 101, "getitimer": 102, "setitimer":
         103, "kexec_load": 104, "init_module": 105, "delete_module": 106, "timer_create": 107,
         "timer_gettime": 108, "timer_getoverrun": 109, "timer_settime": 110, "timer_delete": 111,
