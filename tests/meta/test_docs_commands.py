@@ -133,7 +133,7 @@ def test_the_pages_become_roff_without_complaint(name: str, tmp_path: Path) -> N
     roff = out.read_text()
     assert f'.TH "{title.upper()}"' in roff
     assert "–" not in roff and "—" not in roff  # noqa: RUF001 - what pandoc makes of two hyphens not escaped
-    assert r"\-\-state" in roff
+    assert "--state" in roff.replace("\\-", "-")
     if shutil.which("man"):
         env = {**os.environ, "LC_ALL": "C.UTF-8", "MANWIDTH": "100"}
         shown = subprocess.run(["man", "--warnings", "-l", str(out)], capture_output=True, text=True, env=env)
