@@ -1,9 +1,9 @@
 """Ollama on this machine: its OpenAI endpoints for prompts, its own for the list of models.
 
 Rule (M1, M2): an Ollama server forwards the prompts of some of its models to a cloud. Whether a model is
-one of them is what the server's /api/tags and /api/show say (`remote_host`, `remote_model`), asked again before
-a prompt unless the answer is known for the very digest; what cannot be told counts as an undeclared
-cloud, which no permit covers. A name is never evidence that a model is local.
+one of them is what the server's /api/tags and /api/show say (`remote_host`, `remote_model`), asked again
+before a prompt unless the answer is known for the very digest; what cannot be told counts as an
+undeclared cloud, which no permit covers. A name is never evidence that a model is local.
 Source: Ollama docs/api.md; its api.ShowResponse and api.ListModelResponse.
 """
 
@@ -62,7 +62,7 @@ class OllamaEngine(OpenAIEngine):
         for one in tagged:
             key = (one.name, one.digest)
             fact = self._known.get(key) or await self._learn(one)
-            if fact is not None:
+            if fact is not None and one.digest:
                 known[key] = fact
             infos.append(
                 self._info(one, fact, loaded=one.name in loaded, context_tokens=loaded.get(one.name))
@@ -123,7 +123,7 @@ class OllamaEngine(OpenAIEngine):
             )
         key = (current.name, current.digest)
         fact = self._known.get(key) or await self._learn(current)
-        if fact is not None:
+        if fact is not None and current.digest:
             self._known[key] = fact
         return self._info(current, fact, loaded=found.loaded, context_tokens=found.context_tokens)
 
