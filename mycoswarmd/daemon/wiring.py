@@ -155,6 +155,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         task_store = SqliteTaskStore(db, rank=rank)
         approvals = SqliteApprovalStore(db)
         blobs = DirectoryBlobStore(settings.state_dir / "blobs", max_bytes=_BLOB_BYTES)
+        await blobs.sweep(await task_store.blobs())
         capability = await asyncio.to_thread(probe_machine)
         host = read_host()
         gpus = Gpus(found=(), detail="not read yet")

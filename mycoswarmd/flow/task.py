@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.model import Policy
-from mycoswarmd.core.tasks import FINAL, MAX_ATTEMPTS, Task, TaskSpec, TaskState, retry_delay_ms
+from mycoswarmd.core.tasks import FINAL, MAX_ATTEMPTS, Task, TaskSpec, TaskState, retry_delay_ms, tries
 from mycoswarmd.core.types import Action, Principal, Request, TaskId
-from mycoswarmd.errors import BadRequest, Conflict, Denied, MycoswarmError, NotFound, StoreError
+from mycoswarmd.errors import BadRequest, Conflict, Denied, MycoswarmError, NotFound, StoreError, Unavailable
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.attempt import Attempt, AttemptEnd, Suspended, Tools
 from mycoswarmd.flow.ports import (
@@ -215,7 +215,7 @@ class Tasks:
                         running = self._running[claimed.id] = _Running(claimed.attempt)
                         group.create_task(self._attempt(claimed, running), name=f"task:{claimed.id}")
                         await self.tell()
-                except StoreError as exc:
+                except (StoreError, Unavailable) as exc:
                     log.error("cannot look for work: %s", exc)  # noqa: TRY400 - no traceback for a full disk
                 try:
                     async with asyncio.timeout(_LOOK_S):
@@ -284,20 +284,20 @@ class Tasks:
             return AttemptEnd(TaskState.FAILED, exc.code, exc.message)
         if not task.spec.repeatable:
             return AttemptEnd(TaskState.PARKED, exc.code, exc.message)
-        if task.attempt >= MAX_ATTEMPTS:
+        if tries(task) >= MAX_ATTEMPTS:
             return AttemptEnd(
-                TaskState.FAILED, exc.code, f"{exc.message}; given up after {task.attempt} attempts"
+                TaskState.FAILED, exc.code, f"{exc.message}; given up after {tries(task)} attempts"
             )
         jitter = int(self._entropy.token(2), 16) / 0xFFFF
         return AttemptEnd(
-            TaskState.QUEUED, exc.code, exc.message, delay_ms=retry_delay_ms(task.attempt, jitter)
+            TaskState.QUEUED, exc.code, exc.message, delay_ms=retry_delay_ms(tries(task), jitter)
         )
 
     async def _write_end(self, task: Task, end: AttemptEnd) -> None:
         while True:
             try:
                 await self._move(task, end)
-            except StoreError as exc:
+            except (StoreError, Unavailable) as exc:
                 log.error("cannot write how task %s ended: %s; trying again", task.id, exc)  # noqa: TRY400
                 await asyncio.sleep(_AGAIN_S)
             except Conflict as exc:
