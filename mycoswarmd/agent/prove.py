@@ -267,6 +267,8 @@ PROBES: dict[str, Probe] = {
     "seccomp": lambda _: _is(prctl(PR_GET_SECCOMP) == 2, "is not in force"),
     "session": lambda _: _is(os.getsid(0) > 0, "is the starter's"),
     "dies-with-node": lambda _: _is(_parent_death_signal() == signal.SIGKILL, "would outlive it"),
+    # The link is made by the file system's own pid namespace: the machine's /proc would give another number.
+    "own-processes": lambda _: _is(os.readlink("/proc/self") == str(os.getpid()), "sees the machine's"),
     "sockets": _sockets,
     "clone-namespace": _clone_namespace,
     "setuid-file": _setuid_file,

@@ -222,7 +222,7 @@ def probes(spec: CageSpec, host: Host) -> tuple[str, ...]:
     machine = NUMBERS[host.machine]
     return (
         "identity", "environment", "descriptors", "capabilities", "securebits", "no-new-privileges",
-        "seccomp", "session", "dies-with-node", "sockets", "clone-namespace", "clone3", "setuid-file",
+        "seccomp", "session", "dies-with-node", "own-processes", "sockets", "clone-namespace", "clone3", "setuid-file",
         "terminal-input", "personality", "memory",
         *(f"namespace={kind}" for kind, own in host.namespaces.items() if own),
         *(f"mount={path}" for path in ("/", "/usr", *WRITABLE)),
