@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mycoswarmd.wire.patch import make_patch
 from mycoswarmd.wire.workspace import Entry, EntryKind
 

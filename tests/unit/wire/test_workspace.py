@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mycoswarmd.errors import BadRequest
 from mycoswarmd.wire.workspace import (
     Entry,
@@ -78,10 +79,12 @@ def test_what_is_written_is_read_back(tree: dict[str, tuple[EntryKind, bytes, bo
 
 @given(st.binary(max_size=2000))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    message = "cannot: it was read"
     try:
         read_workspace(data)
     except BadRequest as exc:
-        assert exc.message.startswith("cannot")
+        message = exc.message
+    assert message.startswith("cannot")
 
 
 @given(st.data())
@@ -204,7 +207,7 @@ def test_a_pax_header_for_all_entries_sets_no_name() -> None:
 
 def test_too_many_entries_and_bytes_are_refused_before_the_rest_is_read() -> None:
     tar = write_workspace([file(f"f{number}", b"12345") for number in range(5)])
-    with pytest.raises(BadRequest, match="at most|entries") as caught:
+    with pytest.raises(BadRequest, match="entries") as caught:
         read_workspace(tar, limits=WorkspaceLimits(entries=4))
     assert (caught.value.code, caught.value.http_status) == ("workspace-too-large", 413)
     with pytest.raises(BadRequest) as caught:
