@@ -9,16 +9,13 @@ import ctypes
 import errno
 import os
 import stat
+import struct
 from typing import Final
 
 _OPENAT2: Final = 437  # the same on every architecture
 _NO_MAGICLINKS, _BENEATH = 0x02, 0x08
 # Never waits for the other end of a FIFO, never becomes a terminal's owner, never reaches a child.
 _ALWAYS: Final = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -29,8 +26,9 @@ def open_beneath(root: int, path: str, flags: int, mode: int = 0o666) -> int:
     raw = os.fsencode(path)
     if b"\0" in raw:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
-    how = _OpenHow(flags | _ALWAYS, mode if flags & os.O_CREAT else 0, _BENEATH | _NO_MAGICLINKS)
-    fd: int = _LIBC.syscall(_OPENAT2, root, raw, ctypes.byref(how), ctypes.sizeof(how))
+    # struct open_how: flags, mode, resolve.
+    how = struct.pack("=QQQ", flags | _ALWAYS, mode if flags & os.O_CREAT else 0, _BENEATH | _NO_MAGICLINKS)
+    fd: int = _LIBC.syscall(_OPENAT2, root, raw, how, len(how))
     if fd >= 0:
         return fd
     number = ctypes.get_errno()

@@ -33,7 +33,7 @@ class Context:
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.name, "arguments": clean(call.arguments)},
+                    "function": {"name": call.name or "none", "arguments": _repeatable(call.arguments)},
                 }
                 for call in calls
             ]
@@ -98,18 +98,20 @@ def _shorten_arguments(text: str) -> str:
     """Return arguments that are JSON still, with long texts cut."""
     if len(text) <= _STUB_CHARS:
         return text
+    arguments = json.loads(text)
+    short = {
+        key: value[:_STUB_CHARS] if isinstance(value, str) else value for key, value in arguments.items()
+    }
+    return json.dumps(short)
+
+
+def _repeatable(untrusted: str) -> str:
+    """Return arguments as an engine can take them back: a JSON object, or an empty one for nonsense."""
     try:
-        arguments = json.loads(text)
-    except ValueError:
+        arguments = json.loads(untrusted)
+        return json.dumps(arguments) if isinstance(arguments, dict) else "{}"
+    except (ValueError, RecursionError):
         return "{}"
-    if not isinstance(arguments, dict):
-        return "{}"
-    return json.dumps(
-        {
-            key: value[:_STUB_CHARS] + "…" if isinstance(value, str) and len(value) > _STUB_CHARS else value
-            for key, value in arguments.items()
-        }
-    )
 
 
 def clean(text: str) -> str:

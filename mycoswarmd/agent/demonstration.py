@@ -7,7 +7,8 @@ _TASK = "Files:\nshopping.txt\nclub.txt\n\nTask: Read club.txt and write a short
 _TEXT = (
     "Garden club, Monday evening\n\nThere: Eva, Tom.\n\n"
     "- The pump is broken and the pond is empty. Tom repairs it on Saturday.\n"
-    "- Eva buys seeds for the school before May.\n- The fence is painted green.\n\nWe meet again in a month.\n"
+    "- Eva buys seeds for the school before May.\n- The fence is painted green.\n\n"
+    "We meet again in a month.\n"
 )
 _SUMMARY = (
     "The pump is broken and Tom repairs it on Saturday. Eva buys seeds for the school before May. "

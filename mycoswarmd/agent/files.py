@@ -46,7 +46,7 @@ def fs_read(root: int, path: str, offset: int = 0, limit: int = OUTPUT_BYTES) ->
     end = offset + len(data)
     if end < size:
         text += f"\n[{size - end} more bytes; go on with offset {end}]"
-    return Outcome(ok=True, text=text or "[the file is empty]")
+    return Outcome(ok=True, text=text or (f"[the file has {size} bytes]" if size else "[the file is empty]"))
 
 
 def fs_write(root: int, path: str, content: str) -> Outcome:

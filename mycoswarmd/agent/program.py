@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import IO
 
 from mycoswarmd.agent.files import OUTPUT_BYTES, Outcome
+from mycoswarmd.errors import CageError
 
 # A test suite fits; what takes longer belongs outside an agent's step.
 RUN_S = 120.0
@@ -21,6 +22,7 @@ _TICK_S = 0.2
 _READ_BYTES = 64 << 10
 # What may still be in the pipe at the end; a background child that prints on must not hold us.
 _LAST_READS = 64
+_FIRST_PIDS = 10
 # Fresh: nothing of the daemon's or the cage's environment reaches a program.
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/bin:/bin",
@@ -89,15 +91,9 @@ def run_program(
         is_late = _pump(process, stdin.encode(), output, time.monotonic() + wall_s, watch)
     finally:
         _kill(process, sweep_rest)
-    if is_late:
-        return Outcome(
-            ok=False, text=f"{output.text()}\n[killed: it ran longer than {wall_s:g} s]", changed=True
-        )
-    return Outcome(
-        ok=process.returncode == 0,
-        text=f"{output.text()}\n[{_ending(process.returncode)}]".lstrip(),
-        changed=True,
-    )
+    ending = f"killed: it ran longer than {wall_s:g} s" if is_late else _ending(process.returncode)
+    text = f"{output.text().rstrip()}\n[{ending}]".lstrip()
+    return Outcome(ok=process.returncode == 0 and not is_late, text=text, changed=True)
 
 
 def _pump(
@@ -165,6 +161,9 @@ def _kill(process: subprocess.Popen[bytes], sweep_rest: Callable[[], None]) -> N
 
 def sweep() -> None:
     """Kill everybody else. Only for a cage, whose process namespace holds nobody but the agent's children."""
+    # On a machine the first numbers are the kernel's own: an agent that has one is in a namespace.
+    if os.getpid() >= _FIRST_PIDS:
+        raise CageError("cage-setup", "cannot end programs: the agent has no process namespace of its own")
     with suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
 

@@ -165,7 +165,7 @@ def apply_changes(
 
     Raises:
         Conflict: "workspace-changed": an original is not what the agent was given; nothing was written.
-        BadRequest: "bad-workspace": a change that a workspace cannot hold, or to a `.git` that was not packed.
+        BadRequest: "bad-workspace": a change that no workspace can hold, or to a `.git` that was not packed.
         ConfigError: "workspace-unwritable": the directory refuses; what was written is named.
     """
     originals = {entry.path: entry for entry in before}
