@@ -92,6 +92,7 @@ async def start_session(
     steps: Sequence[Operation], argv: Sequence[str], *, identity: Identity | None, wall_s: float
 ) -> BubblewrapSession:
     """Start bubblewrap and return the unproved session with what runs in it."""
+    # `ours` is closed when the child cannot be started; after that it belongs to the session.
     with ExitStack() as ours, ExitStack() as theirs:
         near, far = socket.socketpair()
         ours.enter_context(near)
@@ -108,7 +109,8 @@ async def start_session(
             identity=None if identity is None else (identity.uid, identity.gid),
         )
         ours.pop_all()
-        return await BubblewrapSession.start(child, near, errors_fd=errors_r, wall_s=wall_s)
+    # Outside: only when our copies of its ends are closed does the end of a cage show.
+    return await BubblewrapSession.start(child, near, errors_fd=errors_r, wall_s=wall_s)
 
 
 def render(steps: Sequence[Operation], files: ExitStack) -> tuple[list[str], list[int]]:

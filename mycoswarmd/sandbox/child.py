@@ -19,6 +19,9 @@ from pathlib import Path
 
 from mycoswarmd.errors import CageError
 
+# How long bubblewrap has to name its init or to collect it; it needs a millisecond.
+COLLECT_S = 1.0
+
 
 class Child:
     """One started process; whoever starts it must await `wait` or `kill`.
@@ -69,7 +72,7 @@ class Child:
         """Wait for the end of the started process and return its code, negative for a signal."""
         if self._process.returncode is None:
             assert self._pidfd is not None
-            await _wait_pidfd(self._pidfd)
+            await _wait_readable(self._pidfd)
             self._process.wait()
         return self._process.returncode
 
@@ -82,12 +85,10 @@ class Child:
         cancelled: asyncio.CancelledError | None = None
         code: int | None = None
         while code is None:
-            self.send_kill()
             try:
-                ended = await self.wait()
-                if self._init_pidfd is not None:
-                    await _wait_pidfd(self._init_pidfd)
-                code = ended
+                await self._meet_init()
+                self.send_kill()
+                code = await self._wait_all()
             except asyncio.CancelledError as exc:
                 cancelled = exc
         self._release()
@@ -96,12 +97,31 @@ class Child:
         return code
 
     def send_kill(self) -> None:
-        """Send SIGKILL to the child and to what is confined with it, without waiting."""
+        """Send SIGKILL to what is confined, or to the child itself where nothing is, without waiting."""
         self._find_init()
+        if self._init_pidfd is None:
+            self._process.send_signal(signal.SIGKILL)
+            return
+        # bubblewrap itself is left to collect its init, or that would stay a zombie until somebody else does.
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
+
+    async def _wait_all(self) -> int:
         if self._init_pidfd is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._init_pidfd, signal.SIGKILL)
-        self._process.send_signal(signal.SIGKILL)
+            await _wait_readable(self._init_pidfd)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(COLLECT_S):
+                    return await self.wait()
+            self._process.send_signal(signal.SIGKILL)
+        return await self.wait()
+
+    async def _meet_init(self) -> None:
+        """Wait until bubblewrap has told of its init: killed before, it could leave one that waits for it."""
+        self._find_init()
+        if self._info_fd is not None and self._init_pidfd is None and self._process.poll() is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(COLLECT_S):
+                    await _wait_readable(self._info_fd)
 
     def _find_init(self) -> None:
         """Learn the first process of the confined, as soon as bubblewrap has told it."""
@@ -167,11 +187,11 @@ def ends_well(argv: Sequence[str], *, identity: tuple[int, int] | None = None, w
     return "" if done.returncode == 0 else words or describe_end(done.returncode)
 
 
-async def _wait_pidfd(pidfd: int) -> None:
-    """Wait until the process of a pidfd has ended, also when several wait for the same."""
+async def _wait_readable(fd: int) -> None:
+    """Wait until a descriptor can be read, as a pidfd can at the end; several may wait for the same."""
     loop = asyncio.get_running_loop()
     # An own descriptor for each waiter: the loop keeps one reader for a number.
-    watched = os.dup(pidfd)
+    watched = os.dup(fd)
     ended: asyncio.Future[None] = loop.create_future()
 
     def end() -> None:

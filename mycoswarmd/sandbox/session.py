@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 from mycoswarmd.core.types import Proof, SandboxLevel
 from mycoswarmd.errors import BadRequest, CageError
@@ -45,7 +46,13 @@ class BubblewrapSession:
         cls, child: Child, near: socket.socket, *, errors_fd: int, wall_s: float
     ) -> "BubblewrapSession":
         """Take over a started child and its descriptors; from now on `close` ends them all."""
-        session = cls(child, await asyncio.open_connection(sock=near), errors_fd)
+        try:
+            streams = await asyncio.open_connection(sock=near)
+        except BaseException:
+            await child.kill()
+            os.close(errors_fd)
+            raise
+        session = cls(child, streams, errors_fd)
         loop = asyncio.get_running_loop()
         loop.add_reader(errors_fd, session._read_errors)
         session._timer = loop.call_later(wall_s, session._expire)
@@ -123,6 +130,8 @@ class BubblewrapSession:
                 await self._child.kill()
             finally:
                 self._release()
+                with suppress(OSError):
+                    await self._writer.wait_closed()
                 self._on_gone()
 
     def _take_frame(self) -> Frame | None:

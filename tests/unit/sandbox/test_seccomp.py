@@ -39,7 +39,7 @@ def simulate(program: bytes, number: int, arch: int, *arguments: int) -> int:
             case 0x05:
                 at += k
             case 0x06:
-                return k
+                return int(k)
             case _:
                 pytest.fail(f"the kernel knows no instruction {operation:#x}")
 
