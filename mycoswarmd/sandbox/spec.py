@@ -54,9 +54,13 @@ HIDDEN = (
     "/etc/shadow", "/etc/mycoswarm", "/root", "/home", "/var", "/sys", "/boot", "/srv", "/mnt", "/run/dbus",
     "/run/systemd", "/run/user", "/dev/fuse", "/dev/kmsg", "/dev/kvm", "/dev/mem", "/dev/pts", "/dev/ptmx",
     "/dev/shm", "/dev/tty",  # noqa: S108
-    "/proc/self/root/etc/shadow", "/proc/1/root/etc", "/proc/1/mem", "/proc/kcore",
+    "/proc/self/root/etc/shadow", "/proc/kcore",
 )  # fmt: skip
-HIDDEN_BY_LANDLOCK = ("/proc/1/environ", "/proc/cmdline", "/proc/self/maps", "/usr/bin", "/usr/sbin")
+# bubblewrap's init is the same user as the agent: only Landlock keeps the agent out of it.
+HIDDEN_BY_LANDLOCK = (
+    "/proc/1/environ", "/proc/1/mem", "/proc/1/root/etc", "/proc/cmdline", "/proc/self/maps", "/usr/bin",
+    "/usr/sbin",
+)  # fmt: skip
 UNWRITABLE = ("/.probe", "/etc/.probe", "/usr/.probe", "/dev/.probe", AGENT, "/proc/sys/kernel/core_pattern")
 
 
@@ -222,7 +226,8 @@ def probes(spec: CageSpec, host: Host) -> tuple[str, ...]:
     machine = NUMBERS[host.machine]
     return (
         "identity", "environment", "descriptors", "capabilities", "securebits", "no-new-privileges",
-        "seccomp", "session", "dies-with-node", "own-processes", "sockets", "clone-namespace", "clone3", "setuid-file",
+        "seccomp", "session", "dies-with-node", "own-processes", "sockets", "clone-namespace", "clone3",
+        "setuid-file",
         "terminal-input", "personality", "memory",
         *(f"namespace={kind}" for kind, own in host.namespaces.items() if own),
         *(f"mount={path}" for path in ("/", "/usr", *WRITABLE)),

@@ -1,7 +1,7 @@
 """Opens cages as another user than the test and says on standard output what came of it, as JSON.
 
-Requests come on standard input: {"do": "probe" | "mutate" | "measure", ...}. Needs nothing but the standard library
-and this package, so that the system's Python can run it as well as the tests' own.
+Requests come on standard input: {"do": "probe" | ..., ...}. Needs nothing but the standard library and
+this package, so that the system's Python can run it as well as the tests' own.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from mycoswarmd.sandbox.zipapp import build_agent, build_zip
 from mycoswarmd.wire.frames import Frame, FrameType
 
 HERE = Path(__file__).parent
+NOWHERE = Path("/nonexistent")
 LIMITS = Limits(wall_s=60, memory_bytes=256 << 20, processes=24, disk_bytes=8 << 20)
 Body = dict[str, Any]
 Mutation = Callable[[list[Operation], Body], tuple[list[Operation], Body]]
@@ -54,10 +55,11 @@ def probing_zip() -> bytes:
 
 async def probe(request: Body) -> object:
     """Run probes in a cage; with `through` by a program that the cage allows."""
-    cages = BubblewrapCages(probing_zip(), Path("/nowhere"))
+    cages = BubblewrapCages(probing_zip(), NOWHERE)
     session = await cages.open(make_spec(tuple(request["programs"])))
     source = (HERE / "escape_probes.py").read_text("utf-8")
-    text = f"__name__ = 'escape'\n{source}\nimport json\nresult = run(*json.loads({json.dumps(request['run'])!r}))\n"
+    arguments = json.dumps(request["run"])
+    text = f"__name__ = 'escape'\n{source}\nimport json\nresult = run(*json.loads({arguments!r}))\n"
     if request["through"]:
         argv = [*request["through"], text + "print(json.dumps(result))\n"]
         text = f"import json, subprocess\nresult = json.loads(subprocess.check_output({argv!r}))\n"
@@ -70,7 +72,7 @@ async def probe(request: Body) -> object:
 
 async def mutate(_: Body) -> object:
     """Build one cage for each mutation and return how it was refused; "accepted" where it was not."""
-    host, identity = read_host(), BubblewrapCages(b"", Path("/nowhere")).identity(0)
+    host, identity = read_host(), BubblewrapCages(b"", NOWHERE).identity(0)
     is_root = os.geteuid() == 0
     found = {}
     for name, mutation in mutations(host.python):
@@ -194,9 +196,29 @@ def mutations(python: str) -> Iterator[tuple[str, Mutation]]:
         yield "uid: root's", unchanged
 
 
+async def old_kernels(_: Body) -> object:
+    """Open a cage as on kernels with each Landlock, from none to the newest; say what it lacked."""
+    found = []
+    for abi in range(8):
+        host = replace(read_host(), landlock_abi=abi)
+        who = BubblewrapCages(b"", NOWHERE).identity(0)
+        spec = make_spec()
+        session = await start_session(
+            operations(spec, host, who, build_agent()),
+            command(host),
+            identity=who if os.geteuid() == 0 else None,
+            wall_s=30,
+        )
+        program = build_filter(host.machine, may_execute=False)
+        await session.prove(Frame(FrameType.CONFINE, confinement(spec, host, who), program))
+        found.append({"held": len(session.proof.held), "absent": session.proof.absent})
+        await session.close()
+    return found
+
+
 async def measure(request: Body) -> object:
     """Return the milliseconds to an open cage, median and worst, of some."""
-    cages, found = BubblewrapCages(build_agent(), Path("/nowhere")), []
+    cages, found = BubblewrapCages(build_agent(), NOWHERE), []
     for _ in range(request["count"]):
         started_s = time.perf_counter()
         session = await cages.open(replace(make_spec(), limits=Limits()))
@@ -205,7 +227,7 @@ async def measure(request: Body) -> object:
     return {"median_ms": statistics.median(found), "worst_ms": max(found)}
 
 
-ACTIONS = {"probe": probe, "mutate": mutate, "measure": measure}
+ACTIONS = {"probe": probe, "mutate": mutate, "old-kernels": old_kernels, "measure": measure}
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
