@@ -10,9 +10,13 @@ from mycoswarmd.ctl.client import segment
 from mycoswarmd.ctl.follow import CHANGES, follow, show
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
+from mycoswarmd.ctl.screen import clip
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.ctl.transcript import asked
 from mycoswarmd.errors import BadRequest, MycoswarmError, NotFound
+
+# Enough to know the task again; the whole is in --json.
+_PROMPT_CHARS = 300
 
 _ID = typer.Argument(..., metavar="ID", help="A task's id, or the beginning of it.")
 
@@ -237,7 +241,7 @@ def _describe(session: Session, found: Doc, waiting: Sequence[Doc]) -> None:
             ("created", at(found.get("created_at_ms"))),
             ("updated", at(found.get("updated_at_ms"))),
             ("deadline", at(found["deadline_at_ms"]) if found.get("deadline_at_ms") else None),
-            ("prompt", found.get("prompt")),
+            ("prompt", clip(found.get("prompt", ""), _PROMPT_CHARS)),
             ("changes", "see --patch" if found.get("changes") or found.get("deleted") else None),
         ]
     )
