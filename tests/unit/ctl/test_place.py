@@ -1,0 +1,45 @@
+"""The client looks where the daemon listens."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mycoswarmd.ctl.place import find_socket
+from mycoswarmd.daemon.settings import Options, load_settings
+
+HOMES = [
+    {},
+    {"XDG_RUNTIME_DIR": "/run/user/7"},
+    {"XDG_STATE_HOME": "/srv/state"},
+    {"XDG_RUNTIME_DIR": "/run/user/7", "XDG_STATE_HOME": "/srv/state"},
+    {"XDG_RUNTIME_DIR": "", "XDG_STATE_HOME": ""},
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("XDG_RUNTIME_DIR", "XDG_STATE_HOME", "MYCOSWARM_SOCKET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+@pytest.mark.parametrize("home", HOMES)
+def test_the_default_is_the_daemons(monkeypatch: pytest.MonkeyPatch, uid: int, home: dict[str, str]) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
+    nothing = Path("/nonexistent")
+    assert find_socket(None, None) == load_settings(Options(policy=nothing)).socket_path
+
+
+def test_a_state_directory_holds_its_socket(tmp_path: Path) -> None:
+    assert find_socket(None, tmp_path) == load_settings(Options(state=tmp_path)).socket_path
+
+
+def test_the_nearest_word_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MYCOSWARM_SOCKET", "/from/environment")
+    assert find_socket(None, None) == Path("/from/environment")
+    assert find_socket(None, tmp_path) == tmp_path / "run" / "api.sock"
+    assert find_socket(Path("/named"), tmp_path) == Path("/named")
