@@ -11,7 +11,7 @@ nothing is written. Writes go through descriptors, follow no link, and are a new
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,14 +169,13 @@ def apply_changes(
         ConfigError: "workspace-unwritable": the directory refuses; what was written is named.
     """
     originals = {entry.path: entry for entry in before}
-    for path in deleted:
-        check_path(path)
     check_tree(changes)
+    check_tree(Entry(path=path, kind=EntryKind.DIRECTORY) for path in deleted)
     _check_git([entry.path for entry in changes] + list(deleted), originals)
     root = open_root(directory)
     try:
         touched = {entry.path for entry in changes} | set(deleted)
-        conflicts = sorted(path for path in touched if not _is_as_given(root, path, originals.get(path)))
+        conflicts = sorted(path for path in touched if not _is_as_given(root, path, originals, touched))
         if conflicts:
             names = ", ".join(repr(show_path(path)) for path in conflicts[:_NAMED])
             more = f" and {len(conflicts) - _NAMED} more" if len(conflicts) > _NAMED else ""
@@ -204,8 +203,9 @@ def _check_git(paths: Sequence[str], originals: dict[str, Entry]) -> None:
             )
 
 
-def _is_as_given(root: int, path: str, original: Entry | None) -> bool:
+def _is_as_given(root: int, path: str, originals: Mapping[str, Entry], touched: Set[str]) -> bool:
     """Tell whether what is there is what the agent was given: same kind, same bytes."""
+    original = originals.get(path)
     try:
         with _Parent(root, path) as (above, name):
             status = os.stat(name, dir_fd=above, follow_symlinks=False)
@@ -224,6 +224,12 @@ def _is_as_given(root: int, path: str, original: Entry | None) -> bool:
                 return file.read(len(original.data) + 1) == original.data
     except FileNotFoundError:
         return original is None
+    except NotADirectoryError:
+        # A file or link lies above it. That is right where the agent made a directory of one it was given.
+        above = (
+            {path[:slash] for slash in range(len(path)) if path[slash] == "/"} & touched & originals.keys()
+        )
+        return original is None and any(originals[one].kind is not EntryKind.DIRECTORY for one in above)
     except OSError:
         return False
 

@@ -124,9 +124,14 @@ def check_target(path: str, target: str) -> str:
 
 
 def check_tree(entries: Iterable[Entry]) -> None:
-    """Refuse duplicates and entries that lie beneath a file or a link."""
+    """Refuse what is not a workspace: odd paths, links out, duplicates, entries beneath a file or a link."""
     kinds: dict[str, EntryKind] = {}
     for entry in entries:
+        problem = check_target(entry.path, entry.target) if entry.kind is EntryKind.SYMLINK else ""
+        if check_path(entry.path) != entry.path:
+            problem = "its path is not in its normal form"
+        if problem:
+            raise _bad(entry.path, problem)
         if entry.path in kinds:
             raise _bad(entry.path, "there are two entries of that name")
         kinds[entry.path] = entry.kind
@@ -258,9 +263,6 @@ def _read_entry(header: bytes, kind: bytes, body: memoryview, longs: Mapping[byt
         return Entry(path=path, kind=EntryKind.DIRECTORY)
     if kind == b"2":
         target = longs.get(b"linkpath") or _text(header[157:257])
-        problem = check_target(path, target)
-        if problem:
-            raise _bad(path, problem)
         return Entry(path=path, kind=EntryKind.SYMLINK, target=target)
     if kind in {b"0", b"\0"}:
         mode = _octal(header[100:108]) or 0
@@ -275,19 +277,15 @@ def write_workspace(entries: Iterable[Entry]) -> bytes:
     check_tree(ordered)
     pieces: list[bytes] = []
     for entry in ordered:
-        pieces.extend(encode_entry(entry))
+        pieces.extend(_encode_entry(entry))
     pieces.append(_ZERO * 2)
     return b"".join(pieces)
 
 
-def encode_entry(entry: Entry) -> Iterable[bytes]:
-    """Encode one entry, padded; an archive is its entries in order and two empty blocks."""
-    name = check_path(entry.path).encode("utf-8", "surrogateescape")
+def _encode_entry(entry: Entry) -> Iterable[bytes]:
+    name = entry.path.encode("utf-8", "surrogateescape")
     target = entry.target.encode("utf-8", "surrogateescape")
     kind = {EntryKind.FILE: b"0", EntryKind.DIRECTORY: b"5", EntryKind.SYMLINK: b"2"}[entry.kind]
-    problem = check_target(entry.path, entry.target) if entry.kind is EntryKind.SYMLINK else ""
-    if problem:
-        raise _bad(entry.path, problem)
     if entry.kind is EntryKind.DIRECTORY:
         name += b"/"
     for long, letter in ((name, b"L"), (target, b"K")):
