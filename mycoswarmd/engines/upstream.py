@@ -165,29 +165,47 @@ class Upstream:
     async def _request(
         self, path: str, body: bytes | None, *, wait_s: float
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._session is None:
-            raise self._down("it is not running")
-        data = io.BytesIO(body) if body is not None and len(body) > _PLAIN_BODY_BYTES else body
         try:
             async with asyncio.timeout(wait_s):
-                response = await self._session.request(
-                    "GET" if body is None else "POST",
-                    self._address.base_url + path,
-                    data=data,
-                    headers=_JSON if body is not None else None,
-                    allow_redirects=False,
-                )
-        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
-            raise self._down("nothing answers at its address") from exc
+                response = await self._send(path, body)
         except TimeoutError as exc:
             raise self._failed(f"it sent nothing for {wait_s:g} s") from exc
-        except _BROKEN as exc:
-            raise self._failed("it closed the connection or speaks no HTTP") from exc
         try:
             yield response
         finally:
             # A response that was read to its end has given its connection back; any other is cut off.
             response.close()
+
+    async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
+        """Send a request and return what its answer begins with."""
+        try:
+            return await self._send_once(path, body)
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
+            raise self._down("nothing answers at its address") from exc
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            # llama.cpp's server closes a connection after a stream without saying so beforehand; a prompt
+            # that met such an end was not read. Nothing came back yet, so asking again repeats nothing.
+            pass
+        except _BROKEN as exc:
+            raise self._failed("it speaks no HTTP") from exc
+        try:
+            return await self._send_once(path, body)
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
+            raise self._down("nothing answers at its address any more") from exc
+        except _BROKEN as exc:
+            raise self._failed("it closed the connection") from exc
+
+    async def _send_once(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
+        if self._session is None:
+            raise self._down("it is not running")
+        data = io.BytesIO(body) if body is not None and len(body) > _PLAIN_BODY_BYTES else body
+        return await self._session.request(
+            "GET" if body is None else "POST",
+            self._address.base_url + path,
+            data=data,
+            headers=_JSON if body is not None else None,
+            allow_redirects=False,
+        )
 
     async def _check_status(self, response: aiohttp.ClientResponse, prompt: Prompt) -> None:
         if response.status != 200:
