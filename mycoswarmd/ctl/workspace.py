@@ -11,7 +11,7 @@ nothing is written. Writes go through descriptors, follow no link, and are a new
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,7 +203,7 @@ def _check_git(paths: Sequence[str], originals: dict[str, Entry]) -> None:
             )
 
 
-def _is_as_given(root: int, path: str, originals: Mapping[str, Entry], touched: Set[str]) -> bool:
+def _is_as_given(root: int, path: str, originals: Mapping[str, Entry], touched: Collection[str]) -> bool:
     """Tell whether what is there is what the agent was given: same kind, same bytes."""
     original = originals.get(path)
     try:
@@ -226,10 +226,9 @@ def _is_as_given(root: int, path: str, originals: Mapping[str, Entry], touched: 
         return original is None
     except NotADirectoryError:
         # A file or link lies above it. That is right where the agent made a directory of one it was given.
-        above = (
-            {path[:slash] for slash in range(len(path)) if path[slash] == "/"} & touched & originals.keys()
-        )
-        return original is None and any(originals[one].kind is not EntryKind.DIRECTORY for one in above)
+        ends = (end for end, char in enumerate(path) if char == "/")
+        blocking = [originals.get(path[:end]) for end in ends if path[:end] in touched]
+        return original is None and any(one and one.kind is not EntryKind.DIRECTORY for one in blocking)
     except OSError:
         return False
 
