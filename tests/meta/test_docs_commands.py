@@ -36,7 +36,8 @@ def daemon() -> Any:
 
 def commands(command: Any, path: str = "") -> Iterator[tuple[str, set[str]]]:
     """Yield each command that can be run with its options; "" is the program itself."""
-    options = {name for param in command.params if param.param_type_name == "option" for name in param.opts}
+    params = [param for param in command.params if param.param_type_name == "option"]
+    options = {name for param in params for name in (*param.opts, *param.secondary_opts)}
     children = getattr(command, "commands", {})
     if not children or not path:
         yield path, options - COMMON

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ import pytest
 from mycoswarmd.ctl import follow
 from mycoswarmd.wire.workspace import read_workspace
 from tests.unit.ctl.fakenode import Asked, FakeNode, Reply, answer, ctl, events, refuse
-from tests.unit.ctl.tasks_data import ID, PENDING, TRANSCRIPT, event, serve_task, task
+from tests.unit.ctl.tasks_data import FACTS, ID, PENDING, TRANSCRIPT, event, serve_task, task
 
 
 @pytest.fixture
@@ -181,6 +182,20 @@ def test_a_question_is_put_to_the_person_at_the_terminal(ready: FakeNode, typed:
     ran = ctl(ready, "run", "do it", terminal=True, stdin=typed)
     assert ran.code == 0
     assert next(asked.json for asked in ready.asked if "approvals" in asked.path) == {"approve": said}
+
+
+def test_a_question_shows_all_that_a_yes_would_allow(ready: FakeNode) -> None:
+    arguments = json.dumps({"argv": ["sh", "-c", "true " * 200 + "; rm -rf \x1b[8m ."]})
+    facts = {**FACTS, "arguments": arguments}
+    pending = event(7, "approval", id="a-1", state="pending", facts=facts)
+    serve_task(ready, pending, TRANSCRIPT[-1])
+    row = {"id": "a-1", "task_id": ID, "facts": facts, "state": "pending", "expires_at_ms": 1}
+    ready.on("GET", "/api/approvals", answer({"approvals": [row]}))
+    ready.on("GET", f"/api/tasks/{ID}", answer({"task": task(), "approvals": [row]}))
+    for arguments_of_ctl in (("run", "do it"), ("approvals",), ("task", ID)):
+        ran = ctl(ready, *arguments_of_ctl, terminal=True, env={"COLUMNS": "80"})
+        shown = (ran.out + ran.err).replace("\n", "").replace(" ", "")
+        assert arguments.replace(" ", "") in shown, arguments_of_ctl
 
 
 def test_a_question_waits_where_nobody_is_at_a_terminal(ready: FakeNode) -> None:
