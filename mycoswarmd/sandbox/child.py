@@ -97,10 +97,10 @@ class Child:
         return code
 
     def send_kill(self) -> None:
-        """Send SIGKILL to what is confined, or to the child itself where nothing is, without waiting."""
+        """Send SIGKILL to what is confined, or where nothing is, to the child's group, without waiting."""
         self._find_init()
         if self._init_pidfd is None:
-            self._process.send_signal(signal.SIGKILL)
+            self._kill_group()
             return
         # bubblewrap itself is left to collect its init, or that would stay a zombie until somebody else does.
         with suppress(ProcessLookupError):
@@ -112,8 +112,13 @@ class Child:
             with suppress(TimeoutError):
                 async with asyncio.timeout(COLLECT_S):
                     return await self.wait()
-            self._process.send_signal(signal.SIGKILL)
+            self._kill_group()
         return await self.wait()
+
+    def _kill_group(self) -> None:
+        # Until it is collected its number cannot be another's, and it leads a group of that number.
+        if self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
     async def _meet_init(self) -> None:
         """Wait until bubblewrap has told of its init: killed before, it could leave one that waits for it."""

@@ -181,8 +181,7 @@ BAD_AGENTS = [
     ("nothing-held", "    channel.send(Frame(FrameType.PROOF, {'held': [], 'broken': []}))", "cage-unproved"),
     (
         "one-missing",
-        "    held = frame.body['probes'][1:]\n"
-        "    channel.send(Frame(FrameType.PROOF, {'held': held, 'broken': []}))",
+        "    channel.send(Frame(FrameType.PROOF, {'held': frame.body['probes'][1:], 'broken': []}))",
         "cage-unproved",
     ),
     (
