@@ -2,11 +2,11 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -67,11 +67,12 @@ def test_a_command_loads_no_server_and_no_rich(node: FakeNode) -> None:
 
 def test_help_is_there_within_its_budget() -> None:
     took = []
-    for _ in range(5):
-        before = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert start("--help").returncode == 0
-        took.append(time.perf_counter() - before)
-    # The best of a few: the budget is of the program, not of a machine that is busy with other tests.
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # Processor time: it reads and writes next to nothing, and other tests keep the clock on the wall busy.
     assert min(took) < BUDGET_S
 
 
