@@ -77,6 +77,8 @@ def start_engine(
             options += _step_down()
         else:
             options += ["--unshare-user", "--"]
+    elif die_with_parent and is_executable(SETPRIV) and is_executable(argv[0]):
+        options = [SETPRIV, "--pdeathsig", "KILL", "--"]
     with ExitStack() as stack, log_path.open("ab") as log:
         keep_fds, info_r = [], None
         if not reason:

@@ -174,6 +174,36 @@ asyncio.run(main())
     assert processes_in(namespace) == set()
 
 
+def test_a_plain_engine_dies_with_the_node_too(tmp_path: Path) -> None:
+    code = """
+import asyncio, sys
+from pathlib import Path
+from mycoswarmd.sandbox import process
+process.BWRAP = "/does/not/exist"
+async def main():
+    child = process.start_engine(["/usr/bin/sleep", "600"], read_paths=[], write_paths=[], env={},
+                                 log_path=Path(sys.argv[1]))
+    print(child.pid, flush=True)
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+    argv = [sys.executable, "-c", code, str(tmp_path / "log")]
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, cwd=HERE.parent.parent, env={"PYTHONPATH": "."}
+    ) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        # Only when it has become the engine has it been asked to die.
+        until = time.monotonic() + 5
+        while Path(f"/proc/{pid}/comm").read_text() != "sleep\n" and time.monotonic() < until:
+            time.sleep(0.01)
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+
+
 async def test_without_bubblewrap_an_engine_runs_plainly_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
