@@ -35,8 +35,8 @@ _DONE_CHARS = 4096
 _LISTED_FILES = 40
 _DEFAULT_CONTEXT = 4096
 _ANSWER_TOKENS = 1024
-# At temperature 0 a small model repeats its sentence until the bound; measured with one of 135 million
-# parameters: 0 loops for ever, 0.4 sometimes, 0.8 not.
+# At temperature 0 a small model repeats its sentences until the bound. Measured with one of 135 million
+# parameters: with 0 always, with 0.4 and 0.6 often, with 0.8 seldom; with 1.0 it invents words instead.
 _GUIDED_PARAMS = {"frequency_penalty": 0.8}
 _MAX_TEXT_CHARS = 16 << 20
 

@@ -19,7 +19,7 @@ from mycoswarmd.wire.agent_tools import FINISH, TOOL_SCHEMAS
 # A grammar of some hundred alternatives is still compiled in milliseconds.
 _CHOICES = 64
 # What a small model can write without losing the thread, and llama.cpp's grammar can count to.
-_CONTENT_CHARS = 800
+_CONTENT_CHARS = 500
 _SUMMARY_CHARS = 160
 _FILE_NAME = re.compile(r"[\w@+-][\w./@+-]*\.\w{1,8}")
 
