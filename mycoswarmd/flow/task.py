@@ -50,7 +50,11 @@ class TaskBounds:
 class _Running:
     attempt: int
     scope: asyncio.Timeout | None = None
-    ended_by: AttemptEnd | None = None
+    interruption: AttemptEnd | None = None
+
+    def ended_by(self) -> AttemptEnd | None:
+        """Return why somebody ended this attempt, if anybody did."""
+        return self.interruption
 
 
 class Tasks:
@@ -243,8 +247,8 @@ class Tasks:
         profile = policy.agents.get(task.spec.agent) if policy is not None else None
         if policy is None or profile is None:
             return AttemptEnd(TaskState.FAILED, "unknown-agent", "the policy no longer has this agent")
-        if running.ended_by is not None:  # cancelled before it began
-            return running.ended_by
+        if (end := running.ended_by()) is not None:  # cancelled before it began
+            return end
         speaker = Speaker(
             principal=Principal(agent=profile.name), label=task.label, tainted=task.tainted, task_id=task.id
         )
@@ -266,16 +270,16 @@ class Tasks:
                 )
                 return await attempt.carry_out(self._cages)
         except TimeoutError:
-            if running.ended_by is not None:
-                return running.ended_by
+            if (end := running.ended_by()) is not None:
+                return end
             if self._is_overdue(task):
                 return AttemptEnd(TaskState.EXPIRED, "deadline", "the task's deadline passed")
             return AttemptEnd(
                 TaskState.FAILED, "agent-timeout", f"the task took more than {profile.limits.wall_s} s"
             )
         except MycoswarmError as exc:
-            if running.ended_by is not None:  # a cage that was killed by cancel says so in its own words
-                return running.ended_by
+            if (end := running.ended_by()) is not None:  # a killed cage says so in its own words
+                return end
             return self._after_error(task, exc)
 
     def _after_error(self, task: Task, exc: MycoswarmError) -> AttemptEnd:
@@ -351,7 +355,7 @@ class Tasks:
         self._work.set()
 
     def _interrupt(self, running: _Running, end: AttemptEnd) -> None:
-        running.ended_by = end
+        running.interruption = end
         if running.scope is not None:
             running.scope.reschedule(asyncio.get_running_loop().time())
 

@@ -50,15 +50,15 @@ def run(directory: Path) -> None:
             for name, (port, key) in ports.items()
         }
     direct, bare = rows["upstream directly"], rows["aiohttp pass-through"]
-    print(
-        f"{'one process':<22} {'p50 ms':>8} {'p99 ms':>8} {'added ms':>9} {'of bare':>8} {'req/s, 16':>10} {'of bare':>8} {'errors':>7}"
-    )
+    head = ("p50 ms", "p99 ms", "added", "of bare", "req/s 16", "of bare", "errors")
+    print(f"{'one process':<22} " + " ".join(f"{name:>8}" for name in head))
     added_by_bare = bare[0]["p50"] - direct[0]["p50"]
     for name, (one, many) in rows.items():
         added = one["p50"] - direct[0]["p50"]
         print(
-            f"{name:<22} {one['p50']:>8.2f} {one['p99']:>8.2f} {added:>8.2f} {added / added_by_bare:>8.2f} "
-            f"{many['rps']:>8,.0f} {many['rps'] / bare[1]['rps']:>8.2f} {one['errors'] + many['errors']:>8.0f}"
+            f"{name:<22} {one['p50']:>8.2f} {one['p99']:>8.2f} {added:>8.2f} "
+            f"{added / added_by_bare:>8.2f} {many['rps']:>8,.0f} {many['rps'] / bare[1]['rps']:>8.2f} "
+            f"{one['errors'] + many['errors']:>8.0f}"
         )
 
 
@@ -113,7 +113,8 @@ def proxies(
         config.write_text(
             "model_list:\n  - model_name: stub\n    litellm_params: "
             f'{{model: openai/stub, api_base: "{upstream}/v1", api_key: "x"}}\n'
-            f"general_settings: {{master_key: {KEY}}}\nlitellm_settings: {{telemetry: false, num_retries: 0}}\n"
+            f"general_settings: {{master_key: {KEY}}}\n"
+            "litellm_settings: {telemetry: false, num_retries: 0}\n"
         )
         command = [PEERS / "litellm", "--config", config, "--host", "127.0.0.1", "--port", str(litellm)]
         _optional(stack, found, "LiteLLM proxy", command, litellm)
@@ -155,7 +156,8 @@ def canned_nginx(directory: Path) -> Iterator[int]:
     port = free_port()
     server = (
         f"listen 127.0.0.1:{port} reuseport backlog=1024; default_type application/json;\n"
-        f"location /health {{ return 200 '{{}}'; }}\nlocation /v1/models {{ return 200 '{json.dumps(MODELS)}'; }}\n"
+        "location /health { return 200 '{}'; }\n"
+        f"location /v1/models {{ return 200 '{json.dumps(MODELS)}'; }}\n"
         f"location / {{ return 200 '{json.dumps(ANSWER)}'; }}"
     )
     with _nginx(directory / "canned", server, port):
@@ -208,7 +210,7 @@ def _wait_for(check: Callable[[], bool], running: subprocess.Popen[bytes]) -> No
     give_up_s = time.monotonic() + 90
     while not check():
         if running.poll() is not None or time.monotonic() > give_up_s:
-            raise SystemExit(f"cannot start {running.args}")
+            raise SystemExit(f"cannot start {running.args!r}")
         time.sleep(0.1)
 
 

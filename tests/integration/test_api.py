@@ -19,7 +19,7 @@ api = "openai"
 url = "https://api.example.com/v1"
 models = ["gpt-*"]
 [agents.scribe]
-tools = []
+model = "*"
 [[rule]]
 id = "owner"
 why = "the owner runs this node"
@@ -136,7 +136,11 @@ def test_openai_client_streams_with_usage(client: openai.OpenAI) -> None:
 
 def test_openai_client_calls_tools_on_a_model_that_has_none(client: openai.OpenAI, engine: Upstream) -> None:
     engine.play(("get_weather", {"city": "Paris"}))
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    parameters: dict[str, object] = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    }
     answer = client.chat.completions.create(
         model="agent",
         messages=[{"role": "user", "content": "weather in Paris?"}],

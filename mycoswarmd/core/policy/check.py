@@ -1,0 +1,162 @@
+"""The one door to a policy in force: parse, built-in laws, reachability, tests, proofs.
+
+Whatever fails here refuses the whole file; nothing of it is used.
+Source: design, policy language, points 4, 11, 12, 13.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate, refusal
+from mycoswarmd.core.policy.model import Policy, PolicyTest, Rule
+from mycoswarmd.core.policy.parse import parse_policy
+from mycoswarmd.core.policy.prove import ProofResult, prove
+from mycoswarmd.core.policy.request import describe
+from mycoswarmd.core.policy.space import MAX_POINTS, Space
+from mycoswarmd.core.policy.table import table_of
+from mycoswarmd.core.policy.tools import TOOLS
+from mycoswarmd.core.types import Effect, Zone
+from mycoswarmd.errors import PolicyInvalid, Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTestResult:
+    """What came of one [[test]]."""
+
+    name: str
+    line: int
+    passed: bool
+    expected: str
+    got: str
+    request: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A policy that may be put in force, and what was found on the way."""
+
+    policy: Policy
+    warnings: tuple[Problem, ...]
+    proofs: tuple[ProofResult, ...]
+    tests: tuple[PolicyTestResult, ...]
+
+
+def check_policy(data: bytes, *, path: str, resolve_program: Callable[[str], str | None]) -> Checked:
+    """Parse and check a policy; raise PolicyInvalid with every problem found."""
+    policy, warnings = parse_policy(data, path=path, resolve_program=resolve_program)
+    problems = list(_trifecta(policy))
+    if (
+        not problems
+        and (too_many := Space(policy, table_of(policy)).size(table_of(policy).every)) > MAX_POINTS
+    ):
+        problems.append(_too_many(policy, 1, too_many))
+    if problems:
+        raise PolicyInvalid(tuple(problems))
+    _reach(policy, problems, warnings)
+    tests, proofs = run_tests(policy), prove(policy)
+    for test in tests:
+        if not test.passed:
+            message = f"cannot accept: test {test.name!r} expects {test.expected}, the rules say {test.got}"
+            problems.append(_problem(policy, test.line, message, test.request))
+    problems += [_disproved(policy, proof) for proof in proofs if not proof.holds]
+    if problems:
+        raise PolicyInvalid(tuple(sorted(problems, key=lambda problem: problem.line)))
+    return Checked(policy=policy, warnings=tuple(warnings), proofs=proofs, tests=tests)
+
+
+def run_tests(policy: Policy) -> tuple[PolicyTestResult, ...]:
+    """Run the file's own tests."""
+    return tuple(_run_test(policy, test) for test in policy.tests)
+
+
+def _run_test(policy: Policy, test: PolicyTest) -> PolicyTestResult:
+    outcome = evaluate(policy, test.request)
+    got = "allow" if isinstance(outcome, Permit) else "ask" if isinstance(outcome, NeedsApproval) else "deny"
+    return PolicyTestResult(
+        name=test.name,
+        line=test.line,
+        passed=got == test.expect and test.rule in {None, outcome.rule},
+        expected=test.expect + (f" by {test.rule}" if test.rule else ""),
+        got=f"{got} by {outcome.rule}",
+        request=describe(test.request),
+    )
+
+
+def _disproved(policy: Policy, proof: ProofResult) -> Problem:
+    if proof.is_too_large:
+        return _too_many(policy, proof.line, proof.points)
+    message = f"cannot accept this file: rule {proof.by_rule!r} breaks invariant {proof.invariant!r}"
+    example = describe(proof.counterexample) if proof.counterexample is not None else ""
+    return _problem(policy, proof.line, message, f"for example: {example}")
+
+
+def _too_many(policy: Policy, line: int, points: int) -> Problem:
+    message = f"cannot prove anything about {points:,} classes of request: at most {MAX_POINTS:,} are tried"
+    return _problem(policy, line, message, "use fewer different globs, origins, hours or ages")
+
+
+def _trifecta(policy: Policy) -> Iterable[Problem]:
+    """No agent holds private data, untrusted input and a way out at once, unless its owner says why."""
+    for agent in policy.agents.values():
+        held = [TOOLS[name] for name in agent.tools]
+        holds_all = (
+            any(tool.reads_private for tool in held)
+            and any(tool.untrusted_input for tool in held)
+            and any(tool.way_out for tool in held)
+        )
+        if holds_all and not agent.i_accept_the_lethal_trifecta:
+            yield _problem(
+                policy,
+                agent.line,
+                f"cannot give agent {agent.name!r} private data, untrusted input and a way out at once",
+                'take a tool away, or write i_accept_the_lethal_trifecta = "<why>"',
+            )
+
+
+def _reach(policy: Policy, problems: list[Problem], warnings: list[Problem]) -> None:
+    """Every rule must be able to match; one that never decides is said; ways to a cloud need a label."""
+    space = Space(policy, table_of(policy))
+    for index, rule in enumerate(policy.rules):
+        seen = _look(policy, space, index, rule)
+        if not seen.matches:
+            message = f"cannot use rule {rule.id!r}: no request can match it"
+            problems.append(_problem(policy, rule.line, message, "its conditions exclude one another"))
+        elif not seen.decides:
+            warnings.append(_problem(policy, rule.line, f"rule {rule.id!r} never decides: others always do"))
+        if seen.leaves_unlabelled:
+            message = f"cannot use rule {rule.id!r}: it can send to a cloud without a limit on the label"
+            hint = 'add label = { max = "…" }, or a zone that is not cloud'
+            problems.append(_problem(policy, rule.line, message, hint))
+
+
+@dataclass(slots=True)
+class _Seen:
+    matches: bool = False
+    decides: bool = False
+    leaves_unlabelled: bool = False
+
+
+def _look(policy: Policy, space: Space, index: int, rule: Rule) -> _Seen:
+    table, seen = table_of(policy), _Seen()
+    # A forbid always decides where it matches; an ask where no forbid does; an allow where neither does.
+    stronger = {Effect.FORBID: 0, Effect.ASK: table.forbid, Effect.ALLOW: table.forbid | table.ask}[
+        rule.effect
+    ]
+    needs_label = rule.effect is not Effect.FORBID and not (
+        rule.conditions.label and rule.conditions.label.high is not None
+    )
+    for mask, request in space.points(1 << index, table.every):
+        seen.matches = True
+        is_refused = refusal(policy, request) is not None
+        seen.decides = seen.decides or not (
+            mask & stronger or (is_refused and rule.effect is not Effect.FORBID)
+        )
+        if needs_label and request.zone is Zone.CLOUD and not is_refused:
+            seen.leaves_unlabelled = True
+        if seen.decides and (seen.leaves_unlabelled or not needs_label):
+            break
+    return seen
+
+
+def _problem(policy: Policy, line: int, message: str, hint: str = "") -> Problem:
+    return Problem(path=policy.path, line=line, message=message, hint=hint)
