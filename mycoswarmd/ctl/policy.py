@@ -54,7 +54,8 @@ def run_tests(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> N
             mark = session.paint("green", "pass") if row["ok"] else session.paint("red", "FAIL")
             said = "" if row["ok"] else f": expected {line(row['expected'])}, got {line(row['actual'])}"
             print(f"{mark}  {line(row['name'])}{said}")
-        session.aside(f"{report['passed']} of {len(report['tests'])} passed")
+        passed = sum(row["ok"] for row in report["tests"])
+        session.aside(f"{passed} of {len(report['tests'])} passed")
     if not report["ok"]:
         raise typer.Exit(1)
 
@@ -72,11 +73,7 @@ def prove(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
         session.document(report)
     else:
         for row in report["proofs"]:
-            if row["holds"]:
-                mark, said = session.paint("green", "proved"), f"over {row['points']:,} requests"
-            else:
-                mark, said = session.paint("red", "BROKEN"), f"by {line(row['counterexample'])}"
-            print(f"{mark}  {line(row['invariant'])} {said}")
+            print(_verdict(session, row))
     if not report["ok"]:
         raise typer.Exit(1)
 
@@ -165,6 +162,16 @@ def reload(ctx: typer.Context, as_json: bool = JSON) -> None:
     session.aside(f"in force: sha256 {str(answer.get('sha256', ''))[:12]}")
     if not answer.get("changed"):
         session.aside("no decision changed")
+
+
+def _verdict(session: Session, row: Doc) -> str:
+    name, points = line(row["invariant"]), f"{row['points']:,}"
+    if row["holds"]:
+        return f"{session.paint('green', 'proved')}  {name}: over {points} kinds of request"
+    if row["too_large"]:
+        return f"{session.paint('red', 'TOO LARGE')}  {name}: {points} kinds of request, more than are tried"
+    found = f"rule {line(row['rule'])} opens {line(row['counterexample'])}"
+    return f"{session.paint('red', 'BROKEN')}  {name}: {found}"
 
 
 def _path(session: Session, file: Path | None) -> Path:

@@ -9,8 +9,9 @@ import shutil
 import stat
 from pathlib import Path
 
-from mycoswarmd.core.policy.check import check_policy
-from mycoswarmd.core.policy.prove import ProofResult
+from mycoswarmd.core.policy.check import PolicyTestResult, check_policy, run_tests
+from mycoswarmd.core.policy.parse import parse_policy
+from mycoswarmd.core.policy.prove import ProofResult, prove
 from mycoswarmd.core.policy.request import describe
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.errors import ConfigError, Problem
@@ -31,9 +32,23 @@ def check(path: Path) -> Doc:
         "sha256": policy.sha256,
         "rules": len(policy.rules),
         "warnings": [_row(problem) for problem in checked.warnings],
-        "tests": [test.name for test in policy.tests],
+        "tests": [_case(result) for result in checked.tests],
         "proofs": [_proof(result) for result in checked.proofs],
     }
+
+
+def run_cases(path: Path) -> Doc:
+    """Run the [[test]] cases of a file that parses, and report also those that fail."""
+    policy, _ = parse_policy(read_file(path), path=str(path), resolve_program=find_program)
+    rows = [_case(result) for result in run_tests(policy)]
+    return {"path": str(path), "ok": all(row["ok"] for row in rows), "tests": rows}
+
+
+def prove_all(path: Path) -> Doc:
+    """Try to prove each invariant of a file that parses, and report also those that do not hold."""
+    policy, _ = parse_policy(read_file(path), path=str(path), resolve_program=find_program)
+    rows = [_proof(result) for result in prove(policy)]
+    return {"path": str(path), "ok": all(row["holds"] for row in rows), "proofs": rows}
 
 
 def read_file(path: Path) -> bytes:
@@ -67,11 +82,25 @@ def _row(problem: Problem) -> Doc:
     }
 
 
+def _case(result: PolicyTestResult) -> Doc:
+    return {
+        "name": result.name,
+        "line": result.line,
+        "ok": result.passed,
+        "request": result.request,
+        "expected": result.expected,
+        "actual": result.got,
+    }
+
+
 def _proof(result: ProofResult) -> Doc:
     example = result.counterexample
     return {
-        "invariant": str(result.invariant),
+        "invariant": result.invariant,
+        "line": result.line,
         "holds": result.holds,
         "points": result.points,
         "counterexample": describe(example) if example is not None else None,
+        "rule": result.by_rule,
+        "too_large": result.is_too_large,
     }

@@ -158,11 +158,13 @@ def approvals(ctx: typer.Context, as_json: bool = JSON) -> None:
     if as_json:
         session.document(answer)
         return
-    rows = [
-        (row.get("id"), row.get("task_id"), at(row.get("expires_at_ms")), asked(row.get("facts")))
-        for row in answer.get("approvals", [])
-    ]
-    session.table(("ID", "TASK", "EXPIRES", "WHAT"), rows, empty="nothing waits for approval")
+    rows = answer.get("approvals", [])
+    for row in rows:  # no table: a terminal's width must not cut what is asked
+        source = f"task {row['task_id']}" if row.get("task_id") else "a prompt"
+        session.text(f"{row.get('id')}  {source}  expires {at(row.get('expires_at_ms'))}")
+        session.text(f"  {asked(row.get('facts'))}")
+    if not rows:
+        session.aside("nothing waits for approval")
 
 
 @guarded

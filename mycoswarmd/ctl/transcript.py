@@ -72,12 +72,12 @@ def _approval(data: Doc, paint: Paint) -> str:
 
 
 def asked(facts: object) -> str:
-    """Return in one line what an approval is about."""
+    """Return in one line what an approval is about; never cut: nobody agrees to what was not shown."""
     if not isinstance(facts, dict):
         return ""
     first = [line(facts[key]) for key in ("action", "tool", "agent", "model", "dest") if facts.get(key)]
     if facts.get("arguments"):
-        first.append(clip(_arguments(facts["arguments"]), _WIDE))
+        first.append(line(_arguments(facts["arguments"])))
     rule = f" (rule {line(facts['rule'])}: {line(facts.get('why', ''))})" if facts.get("rule") else ""
     return " ".join(first) + rule
 
