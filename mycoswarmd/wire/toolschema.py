@@ -67,7 +67,7 @@ def _bound(untrusted: object, root: Mapping[str, object], *, where: str, depth: 
             "bad-request", f"cannot use the schema {where!r}: it is nested too deeply", where=where
         )
     if not isinstance(untrusted, Mapping):
-        return {}
+        return dict(_TEXT)
     schema = _resolve(untrusted, root, where=where)
     for key in ("const", "enum"):
         if key in schema:
@@ -80,7 +80,7 @@ def _bound(untrusted: object, root: Mapping[str, object], *, where: str, depth: 
         return _bound_object(schema, root, where=where, depth=depth)
     if kind == "array":
         items = _bound(schema.get("items"), root, where=where, depth=depth + 1)
-        return {"type": "array", "items": items or _TEXT, **_lengths(schema, "Items", MAX_ITEMS)}
+        return {"type": "array", "items": items, **_lengths(schema, "Items", MAX_ITEMS)}
     if kind in _SCALARS:
         return {key: schema[key] for key in ("type", "minimum", "maximum") if key in schema}
     # A string, or something of which nothing is known: text is what every model can write.

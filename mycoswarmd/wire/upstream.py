@@ -398,4 +398,7 @@ def _too_long(error: dict[str, object]) -> BadRequest:
 
 
 def _dumps(body: dict[str, object]) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode("ascii")
+    try:
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except (ValueError, RecursionError) as exc:  # 1e999 in a schema is read as infinity
+        raise BadRequest("bad-request", "cannot send the request: it has a number out of range") from exc
