@@ -1,8 +1,8 @@
-"""The agent's process: confine itself, prove it, take a workspace and a job, work, hand back the changes.
+"""The agent's work, confined and proved: take a workspace and a job, work, hand back the changes.
 
-Rule: nothing is taken before the proof is sent, and there is no way round the confinement. When the
-node closes the socket the agent ends, at any point. Errors end in a RESULT with a code; their tracebacks
-go to standard error, which the node bounds.
+Rule: what comes before is in threshold.py, and there is no way round it. When the node closes the socket
+the agent ends, at any point. Errors end in a RESULT with a code; their tracebacks go to standard error,
+which the node bounds.
 """
 
 import os
@@ -10,15 +10,14 @@ import sys
 import traceback
 from collections.abc import Mapping
 
-from mycoswarmd.agent import confine, prove
-from mycoswarmd.agent.channel import Channel
+from mycoswarmd.agent import confine
 from mycoswarmd.agent.link import Cancelled, Frames, Link
 from mycoswarmd.agent.loop import Ending, Loop, parse_job
 from mycoswarmd.agent.program import sweep
 from mycoswarmd.agent.snapshot import Harvest, made_directories, unpack
 from mycoswarmd.agent.tools import Workbench
 from mycoswarmd.errors import BadRequest, CageError, MycoswarmError
-from mycoswarmd.wire.frames import MAX_PAYLOAD_BYTES, Frame, FrameType
+from mycoswarmd.wire.frames import MAX_PAYLOAD_BYTES, FrameType
 from mycoswarmd.wire.jsonv import as_bool, as_list, as_str
 from mycoswarmd.wire.workspace import DEFAULT_LIMITS, EntryKind, read_workspace, show_path
 
@@ -28,37 +27,14 @@ _MAX_TAR_BYTES = DEFAULT_LIMITS.bytes * 2
 _MAX_NOTES = 20
 
 
-def main() -> None:
-    """Run the agent of one task; the exit status is 1 when no RESULT could be sent."""
-    channel = Channel.take()
+def main(channel: Frames, confinement: Mapping[str, object]) -> None:
+    """Carry out the task of one proved cage; the exit status is 1 when no RESULT could be sent."""
     try:
-        body = prove_confinement(channel)
-        serve(channel, body)
+        serve(channel, confinement)
     except CageError as exc:
         if exc.code != "cage-gone":
             traceback.print_exc()
         sys.exit(1)
-
-
-def prove_confinement(channel: Frames) -> Mapping[str, object]:
-    """Take CONFINE, give up all rights it names, and send PROOF; return what CONFINE said."""
-    frame = channel.receive()
-    if frame.type is not FrameType.CONFINE:
-        raise CageError("cage-setup", "cannot start: the first frame is not CONFINE")
-    try:
-        confine.apply(frame.body, frame.payload)
-        proof = prove.run(frame.body)
-    except CageError as exc:
-        # What cannot be confined gets no task: the node sees `error` and closes.
-        channel.send(
-            Frame(
-                FrameType.PROOF,
-                {"held": [], "broken": [], "absent": [], "level": "none", "error": exc.message},
-            )
-        )
-        raise
-    channel.send(Frame(FrameType.PROOF, proof))
-    return frame.body
 
 
 def serve(channel: Frames, confinement: Mapping[str, object]) -> None:
@@ -147,7 +123,3 @@ def _result(link: Link, ending: Ending, deleted: tuple[str, ...]) -> None:
             "deleted": list(deleted),
         },
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,16 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 PARTS = ("__init__.py", "errors.py", "agent/*.py", "wire/*.py")
-MAIN = "from mycoswarmd.agent.main import main\n\nmain()\n"
+# The rest of the agent is imported when the cage is proved: see agent/threshold.py.
+MAIN = """
+from mycoswarmd.agent.threshold import cross
+
+confined = cross()
+
+from mycoswarmd.agent.main import main
+
+main(*confined)
+"""
 # The earliest time a zip can hold.
 EPOCH = (1980, 1, 1, 0, 0, 0)
 

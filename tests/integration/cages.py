@@ -16,7 +16,7 @@ PYTHON = str(Path("/usr/bin/python3").resolve())
 
 def agent_zip(main: str | None = None) -> bytes:
     """Return the agent with another main module: by default one that runs the Python it is sent as a job."""
-    modules = {"__main__.py": zipapp.MAIN}
+    modules = {"__main__.py": "from mycoswarmd.agent.main import main\n\nmain()\n"}
     for pattern in zipapp.PARTS:
         for path in sorted(zipapp.PACKAGE.glob(pattern)):
             modules[f"mycoswarmd/{path.relative_to(zipapp.PACKAGE).as_posix()}"] = path.read_text()

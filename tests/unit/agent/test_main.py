@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mycoswarmd.agent import confine, main
+from mycoswarmd.agent import confine, main, threshold
 from mycoswarmd.agent.channel import Channel
 from mycoswarmd.errors import CageError
 from mycoswarmd.wire.frames import MAX_PAYLOAD_BYTES, Frame, FrameType
@@ -152,7 +152,7 @@ def test_what_cannot_be_confined_says_so_and_takes_no_task(monkeypatch: pytest.M
     with node.serving():
         node.channel.send(Frame(FrameType.CONFINE, {}))
         with pytest.raises(CageError):
-            main.prove_confinement(Channel(node.near.fileno()))
+            threshold.prove_confinement(Channel(node.near.fileno()))
     (proof,) = node.bodies(FrameType.PROOF)
     assert (proof["level"], proof["error"]) == ("none", "cannot confine the agent: 'landlock' failed")
 
@@ -162,5 +162,5 @@ def test_only_confine_may_come_first() -> None:
     with node.serving():
         node.channel.send(Frame(FrameType.JOB, JOB))
         with pytest.raises(CageError, match="CONFINE"):
-            main.prove_confinement(Channel(node.near.fileno()))
+            threshold.prove_confinement(Channel(node.near.fileno()))
     assert node.seen == []
