@@ -27,7 +27,7 @@ def check(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
     Syntax, names, tests and proofs; changes nothing. Exit 1 when anything is wrong.
     """
     session = begin(ctx, as_json=as_json)
-    report: Doc = importlib.import_module(_READER).check(_path(session, file))
+    report: Doc = importlib.import_module(_READER).check(*_source(session, file))
     if as_json:
         session.document(report)
         return
@@ -46,7 +46,7 @@ def run_tests(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> N
     Exit 1 when one fails.
     """
     session = begin(ctx, as_json=as_json)
-    report: Doc = importlib.import_module(_READER).run_cases(_path(session, file))
+    report: Doc = importlib.import_module(_READER).run_cases(*_source(session, file))
     if as_json:
         session.document(report)
     else:
@@ -68,7 +68,7 @@ def prove(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
     Over all requests; or print the request that breaks one, and exit 1.
     """
     session = begin(ctx, as_json=as_json)
-    report: Doc = importlib.import_module(_READER).prove_all(_path(session, file))
+    report: Doc = importlib.import_module(_READER).prove_all(*_source(session, file))
     if as_json:
         session.document(report)
     else:
@@ -174,14 +174,17 @@ def _verdict(session: Session, row: Doc) -> str:
     return f"{session.paint('red', 'BROKEN')}  {name}: {found}"
 
 
-def _path(session: Session, file: Path | None) -> Path:
+def _source(session: Session, file: Path | None) -> tuple[Path, str | None]:
+    """Return the file to read; where there is none, also the text that the node has in force instead."""
     if file is not None:
-        return file
+        return file, None
     try:
-        named = session.client.get("/api/policy").get("path")
+        answer = session.client.get("/api/policy")
     except (Unreachable, Denied):
-        named = None
-    return Path(str(named)) if named else _FALLBACK
+        return _FALLBACK, None
+    path = Path(str(answer.get("path") or _FALLBACK))
+    text = answer.get("text")
+    return (path, None) if path.exists() or not isinstance(text, str) else (path, text)
 
 
 def _explanation(session: Session, answer: Doc) -> None:

@@ -22,9 +22,14 @@ _MAX_BYTES = 256 << 10
 _PATH = "/usr/bin:/bin"
 
 
-def check(path: Path) -> Doc:
-    """Check a file wholly; PolicyInvalid holds every problem."""
-    checked = check_policy(read_file(path), path=str(path), resolve_program=find_program)
+def check(path: Path, text: str | None) -> Doc:
+    """Check a policy wholly; PolicyInvalid holds every problem.
+
+    Args:
+        path: the file.
+        text: what to check instead of the file's contents, for a policy that is in no file.
+    """
+    checked = check_policy(_data(path, text), path=str(path), resolve_program=find_program)
     policy = checked.policy
     return {
         "name": policy.name,
@@ -37,16 +42,16 @@ def check(path: Path) -> Doc:
     }
 
 
-def run_cases(path: Path) -> Doc:
+def run_cases(path: Path, text: str | None) -> Doc:
     """Run the [[test]] cases of a file that parses, and report also those that fail."""
-    policy, _ = parse_policy(read_file(path), path=str(path), resolve_program=find_program)
+    policy, _ = parse_policy(_data(path, text), path=str(path), resolve_program=find_program)
     rows = [_case(result) for result in run_tests(policy)]
     return {"path": str(path), "ok": all(row["ok"] for row in rows), "tests": rows}
 
 
-def prove_all(path: Path) -> Doc:
+def prove_all(path: Path, text: str | None) -> Doc:
     """Try to prove each invariant of a file that parses, and report also those that do not hold."""
-    policy, _ = parse_policy(read_file(path), path=str(path), resolve_program=find_program)
+    policy, _ = parse_policy(_data(path, text), path=str(path), resolve_program=find_program)
     rows = [_proof(result) for result in prove(policy)]
     return {"path": str(path), "ok": all(row["holds"] for row in rows), "proofs": rows}
 
@@ -70,6 +75,10 @@ def find_program(name: str) -> str | None:
     """Return the file that would run for a program's name, or None."""
     found = shutil.which(name, path=_PATH)
     return os.path.realpath(found) if found else None
+
+
+def _data(path: Path, text: str | None) -> bytes:
+    return read_file(path) if text is None else text.encode("utf-8", "replace")
 
 
 def _row(problem: Problem) -> Doc:
