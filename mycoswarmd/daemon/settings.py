@@ -10,7 +10,7 @@ import os
 import platform
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -126,6 +126,8 @@ def load_settings(options: Options) -> Settings:
 
     Raises ConfigError with the file and the key.
     """
+    state = options.state.absolute() if options.state is not None else None
+    options = replace(options, state=state, policy=options.policy and options.policy.absolute())
     config = options.config or _first_existing(options)
     table, where = _read(config) if config is not None else ({}, "no file")
     unknown = set(table) - {key.name for key in TABLE}
@@ -280,7 +282,7 @@ def _duration(text: str | None, default_s: int, where: str, key: str) -> int:
     try:
         return int(parse_duration_s(text))
     except ValueError as exc:
-        raise _invalid(where, key, str(exc)) from exc
+        raise _invalid(where, key, f"cannot be {text!r}; accepted: {exc}") from exc
 
 
 def _invalid(path: str, key: str, problem: str) -> ConfigError:

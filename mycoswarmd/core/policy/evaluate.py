@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from mycoswarmd.core.policy.model import Obligations, Policy, Rule, is_person, origins_of
-from mycoswarmd.core.policy.request import describe, fingerprint
+from mycoswarmd.core.policy.request import brief, fingerprint
 from mycoswarmd.core.policy.table import table_of
 from mycoswarmd.core.policy.tools import TOOLS
 from mycoswarmd.core.types import Action, Principal, Request, Start, Zone
@@ -254,4 +254,4 @@ def _may_approve(policy: Policy, askers: list[Rule], by: Principal) -> bool:
 
 
 def _denied(request: Request, rule: str, why: str, *, where: str = "") -> Denied:
-    return Denied("policy-denied", f"cannot {describe(request)}: {why}", rule=rule, where=where)
+    return Denied("policy-denied", f"cannot {brief(request)}: {why}", rule=rule, where=where)

@@ -109,6 +109,14 @@ def describe(request: Request) -> str:
     return " ".join([str(facts.pop("action")), *(f"{key}={_shown(value)}" for key, value in facts.items())])
 
 
+def brief(request: Request) -> str:
+    """Say in a few words what was asked for, without who and when."""
+    facts = facts_of(request)
+    for key in ("origin", "hour", "roster_age", "sandbox", "tags", "node", "tier"):
+        facts.pop(key, None)
+    return " ".join([str(facts.pop("action")), *(f"{key}={_shown(value)}" for key, value in facts.items())])
+
+
 def fingerprint(request: Request, *, label: str) -> str:
     """Hash what exactly is asked. The hour and the roster's age are left out: an answer outlives them."""
     principal = request.principal

@@ -90,3 +90,10 @@ def test_only_loopback_is_listened_on(text: str) -> None:
 def test_none_is_no_listener() -> None:
     assert parse_listen("none") is None
     assert parse_listen("[::1]:7436") == ("::1", 7436)
+
+
+def test_a_relative_state_directory_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(Options(state=Path("here"), policy=Path("mine.toml")))
+    assert settings.state_dir == tmp_path / "here"
+    assert settings.policy_file == tmp_path / "mine.toml"
