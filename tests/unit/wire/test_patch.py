@@ -92,7 +92,7 @@ def test_time_is_bounded_for_files_made_to_be_slow(shape: str) -> None:
     started = time.monotonic()
     patch = make_patch([file("f", a)], [file("f", b)])
     assert patch.count("\n") > 100
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 5  # 0.2 s; without the bound 12 s and more
 
 
 def test_a_long_patch_ends_with_how_much_is_missing() -> None:
