@@ -6,7 +6,7 @@ import time
 from mycoswarmd.ctl.client import segment
 from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.refusals import Doc
-from mycoswarmd.ctl.screen import clip, line
+from mycoswarmd.ctl.screen import clip, count, line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.ctl.tasks import at
 
@@ -25,15 +25,13 @@ _FIRST = ("decision", "action", "tool", "agent", "model", "zone", "dest", "label
 def tail(
     ctx: typer.Context,
     is_following: bool = typer.Option(False, "--follow", "-f", help="Go on as records come, until Ctrl-C."),
-    count: int = typer.Option(
-        20, "--last", "-n", min=1, max=1000, metavar="N", help="Begin with the last N."
-    ),
+    last: int = typer.Option(20, "--last", "-n", min=1, max=1000, metavar="N", help="Begin with the last N."),
     as_json: bool = typer.Option(False, "--json", help="Print each record as one line of JSON."),
 ) -> None:
     """Print the newest receipts, oldest first."""
     session = begin(ctx, as_json=as_json)
     after = 0
-    for row in session.client.get("/api/receipts", last=count).get("receipts", []):
+    for row in session.client.get("/api/receipts", last=last).get("receipts", []):
         after = int(row["seq"])
         _show(session, row)
     while is_following:
@@ -88,7 +86,8 @@ def verify(
     if as_json:
         session.document(answer)
     elif is_good:
-        print(f"{session.paint('green', 'verified')}: {line(answer.get('count'))} receipts, chain unbroken")
+        how_many = count(int(answer.get("count") or 0), "receipt")
+        print(f"{session.paint('green', 'verified')}: {how_many}, chain unbroken")
     else:
         where = f" at record {line(answer['bad_seq'])}" if answer.get("bad_seq") is not None else ""
         print(f"{session.paint('red', 'BROKEN')}{where}: {line(answer.get('reason', ''))}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mycoswarmd.ctl.client import segment
 from mycoswarmd.ctl.refusals import Doc
-from mycoswarmd.ctl.screen import size
+from mycoswarmd.ctl.screen import count, size
 from mycoswarmd.ctl.session import Session
 from mycoswarmd.ctl.workspace import apply_changes, pack_directory
 from mycoswarmd.errors import BadRequest
@@ -52,8 +52,8 @@ def apply_task(session: Session, task: Doc, directory: Path, *, yes: bool) -> Se
     changes, deleted = _changes(session, task)
     if not changes and not deleted:
         return ()
-    count = len(changes) + len(deleted)
-    if not yes and not session.confirm(f"Apply {count} change{'s' if count > 1 else ''} to {directory}?"):
+    how_many = count(len(changes) + len(deleted), "change")
+    if not yes and not session.confirm(f"Apply {how_many} to {directory}?"):
         return ()
     return apply_changes(directory, changes, deleted, before=_before(session, task))
 

@@ -6,7 +6,7 @@ import time
 from mycoswarmd import __version__
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
-from mycoswarmd.ctl.screen import line, size, span
+from mycoswarmd.ctl.screen import count, line, size, span
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.errors import Unreachable
 
@@ -128,7 +128,8 @@ def _status(session: Session, answer: Doc, *, security: bool) -> None:
     for problem in answer.get("problems") or []:
         print(f"  {session.paint('yellow', '!')} {line(problem)}")
     policy = answer.get("policy") or {}
-    proved = policy.get("invariants_proved")
+    rules = count(policy.get("rules") or 0, "rule")
+    proved = count(policy.get("invariants_proved") or 0, "invariant")
     tasks = answer.get("tasks") or {}
     receipts = answer.get("receipts") or {}
     host = answer.get("host") or {}
@@ -138,10 +139,10 @@ def _status(session: Session, answer: Doc, *, security: bool) -> None:
             ("up", f"{span(answer.get('uptime_s'))} (pid {answer.get('pid')})"),
             ("host", f"{host.get('hostname')}, {host.get('cpus')} cpus, {size(host.get('memory_bytes'))}"),
             ("gpu", gpus),
-            ("policy", f"{policy.get('name')}: {policy.get('rules')} rules, {proved} invariants proved"),
+            ("policy", f"{policy.get('name')}: {rules}, {proved} proved"),
             ("", policy.get("path")),
             ("problem", policy.get("problem")),
-            ("tasks", ", ".join(f"{count} {key}" for key, count in tasks.items() if count) or "none"),
+            ("tasks", ", ".join(f"{number} {key}" for key, number in tasks.items() if number) or "none"),
             ("receipts", f"{receipts.get('count')}, head {receipts.get('head')}"),
             ("sandbox", (answer.get("sandbox") or {}).get("level")),
             ("listens", ", ".join(map(str, answer.get("listeners") or []))),
@@ -159,7 +160,7 @@ def _status(session: Session, answer: Doc, *, security: bool) -> None:
 def _engine(session: Session, engine: Doc) -> None:
     state = str(engine.get("state"))
     colour = {"ready": "green", "starting": "yellow"}.get(state, "red")
-    counts = f"{engine.get('models', 0)} models, {engine.get('running', 0)} running"
+    counts = f"{count(engine.get('models') or 0, 'model')}, {engine.get('running', 0)} running"
     counts += f", {engine['waiting']} waiting" if engine.get("waiting") else ""
     detail = f"  {line(engine['detail'])}" if engine.get("detail") else ""
     print(f"engine {line(engine.get('name'))}: {session.paint(colour, line(state))}, {line(counts)}{detail}")

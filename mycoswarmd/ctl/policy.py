@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.refusals import Doc
-from mycoswarmd.ctl.screen import line
+from mycoswarmd.ctl.screen import count, line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.errors import Denied, Unreachable
 
@@ -33,8 +33,8 @@ def check(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
         return
     for warning in report["warnings"]:
         session.aside(f"warning: {warning['text']}")
-    passed, proved = len(report["tests"]), len(report["proofs"])
-    counts = f"{report['rules']} rules, {passed} tests passed, {proved} invariants proved"
+    passed, proved = count(len(report["tests"]), "test"), count(len(report["proofs"]), "invariant")
+    counts = f"{count(report['rules'], 'rule')}, {passed} passed, {proved} proved"
     print(f"{session.paint('green', 'valid')}: policy {line(report['name'])}: {counts}")
 
 
@@ -188,6 +188,9 @@ def _source(session: Session, file: Path | None) -> tuple[Path, str | None]:
 
 
 def _explanation(session: Session, answer: Doc) -> None:
+    if "candidates" in answer:
+        _candidates(session, answer["candidates"] or [])
+        print("\nIn zone self, for comparison:")
     decision = str(answer.get("decision", ""))
     colour = {"allow": "green", "ask": "yellow"}.get(decision, "red")
     where = f" ({line(answer['where'])})" if answer.get("where") else ""
@@ -198,10 +201,12 @@ def _explanation(session: Session, answer: Doc) -> None:
         missing = "; ".join(line(part) for part in row.get("missing") or [])
         name = session.paint("dim", line(row.get("rule")))
         print(f"  {name} ({line(row.get('effect'))}) lacked: {missing}")
+
+
+def _candidates(session: Session, rows: list[Doc]) -> None:
+    if not rows:
+        print("No engine offers this model: a prompt for it is refused as unknown, whatever the rules say.")
+        return
     keys = ("node", "engine", "model", "zone", "decision", "rule")
-    rows = [[row.get(key) for key in keys] for row in answer.get("candidates") or []]
-    if rows:
-        print()
-        session.table([key.upper() for key in keys], rows, empty="")
-    elif "candidates" in answer:
-        session.aside("no engine offers this model: it would be refused as unknown")
+    cells = [[row.get(key) for key in keys] for row in rows]
+    session.table([key.upper() for key in keys], cells, empty="")

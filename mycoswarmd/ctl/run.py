@@ -210,6 +210,8 @@ def _finish(session: Session, task: Doc, apply_to: Path | None, *, yes: bool) ->
     if patch and apply_to is not None and task.get("state") == "succeeded":
         applied = list(changes.apply_task(session, task, apply_to, yes=yes))
         session.aside(f"applied to {apply_to}: {', '.join(applied)}" if applied else "not applied")
+    elif not patch and task.get("workspace"):
+        session.aside("the task changed nothing")
     elif patch:
         session.aside(f"nothing was applied; to do so: mycoswarmctl apply {task['id']} --workspace DIR")
     if session.as_json:

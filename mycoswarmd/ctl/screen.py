@@ -102,6 +102,11 @@ def size(value: object) -> str:
     return f"{amount:.1f} TiB"
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as 1 rule or 2 rules."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def span(seconds: object) -> str:
     """Return a duration in its two largest units, such as 2h 5m."""
     if not isinstance(seconds, int | float) or isinstance(seconds, bool):
