@@ -7,12 +7,13 @@ Source: design, policy language, points 4, 11, 12, 13.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate, refusal
-from mycoswarmd.core.policy.model import Policy, PolicyTest, Rule
+from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
+from mycoswarmd.core.policy.globs import TooManyGlobs
+from mycoswarmd.core.policy.model import Policy, PolicyTest
 from mycoswarmd.core.policy.parse import parse_policy
 from mycoswarmd.core.policy.prove import ProofResult, prove
 from mycoswarmd.core.policy.request import describe
-from mycoswarmd.core.policy.space import MAX_POINTS, Space
+from mycoswarmd.core.policy.space import MAX_POINTS, Space, Wanted
 from mycoswarmd.core.policy.table import table_of
 from mycoswarmd.core.policy.tools import TOOLS
 from mycoswarmd.core.types import Effect, Zone
@@ -45,19 +46,18 @@ def check_policy(data: bytes, *, path: str, resolve_program: Callable[[str], str
     """Parse and check a policy; raise PolicyInvalid with every problem found."""
     policy, warnings = parse_policy(data, path=path, resolve_program=resolve_program)
     problems = list(_trifecta(policy))
-    if (
-        not problems
-        and (too_many := Space(policy, table_of(policy)).size(table_of(policy).every)) > MAX_POINTS
-    ):
-        problems.append(_too_many(policy, 1, too_many))
-    if problems:
-        raise PolicyInvalid(tuple(problems))
-    _reach(policy, problems, warnings)
-    tests, proofs = run_tests(policy), prove(policy)
+    tests = run_tests(policy)
     for test in tests:
         if not test.passed:
             message = f"cannot accept: test {test.name!r} expects {test.expected}, the rules say {test.got}"
             problems.append(_problem(policy, test.line, message, test.request))
+    proofs: tuple[ProofResult, ...] = ()
+    try:
+        _reach(policy, problems, warnings)
+        proofs = prove(policy)
+    except TooManyGlobs as exc:
+        message = f"cannot prove anything about this file: {exc}"
+        problems.append(_problem(policy, 1, message, "use fewer globs with several stars"))
     problems += [_disproved(policy, proof) for proof in proofs if not proof.holds]
     if problems:
         raise PolicyInvalid(tuple(sorted(problems, key=lambda problem: problem.line)))
@@ -115,47 +115,29 @@ def _trifecta(policy: Policy) -> Iterable[Problem]:
 
 def _reach(policy: Policy, problems: list[Problem], warnings: list[Problem]) -> None:
     """Every rule must be able to match; one that never decides is said; ways to a cloud need a label."""
-    space = Space(policy, table_of(policy))
+    table = table_of(policy)
+    space = Space(policy, table)
+    # What keeps a rule from deciding: any forbid, and for an allow any ask too.
+    stronger = {Effect.FORBID: 0, Effect.ASK: table.forbid, Effect.ALLOW: table.forbid | table.ask}
     for index, rule in enumerate(policy.rules):
-        seen = _look(policy, space, index, rule)
-        if not seen.matches:
+        this = 1 << index
+        if space.find(Wanted(every=this, some=this, none=0, is_open=False)) is None:
             message = f"cannot use rule {rule.id!r}: no request can match it"
             problems.append(_problem(policy, rule.line, message, "its conditions exclude one another"))
-        elif not seen.decides:
-            warnings.append(_problem(policy, rule.line, f"rule {rule.id!r} never decides: others always do"))
-        if seen.leaves_unlabelled:
+            continue
+        if rule.effect is Effect.FORBID:  # it decides wherever it matches, or the request is refused anyway
+            continue
+        wanted = Wanted(every=this, some=this, none=stronger[rule.effect])
+        if space.tried(wanted) > MAX_POINTS:
+            problems.append(_too_many(policy, rule.line, space.tried(wanted)))
+        elif space.find(wanted) is None:
+            message = f"rule {rule.id!r} never decides: whatever it matches, others deny or ask about"
+            warnings.append(_problem(policy, rule.line, message))
+        has_max = rule.conditions.label is not None and rule.conditions.label.high is not None
+        if not has_max and any(shape.zone is Zone.CLOUD for shape in space.matched(this)):
             message = f"cannot use rule {rule.id!r}: it can send to a cloud without a limit on the label"
             hint = 'add label = { max = "…" }, or a zone that is not cloud'
             problems.append(_problem(policy, rule.line, message, hint))
-
-
-@dataclass(slots=True)
-class _Seen:
-    matches: bool = False
-    decides: bool = False
-    leaves_unlabelled: bool = False
-
-
-def _look(policy: Policy, space: Space, index: int, rule: Rule) -> _Seen:
-    table, seen = table_of(policy), _Seen()
-    # A forbid always decides where it matches; an ask where no forbid does; an allow where neither does.
-    stronger = {Effect.FORBID: 0, Effect.ASK: table.forbid, Effect.ALLOW: table.forbid | table.ask}[
-        rule.effect
-    ]
-    needs_label = rule.effect is not Effect.FORBID and not (
-        rule.conditions.label and rule.conditions.label.high is not None
-    )
-    for mask, request in space.points(1 << index, table.every):
-        seen.matches = True
-        is_refused = refusal(policy, request) is not None
-        seen.decides = seen.decides or not (
-            mask & stronger or (is_refused and rule.effect is not Effect.FORBID)
-        )
-        if needs_label and request.zone is Zone.CLOUD and not is_refused:
-            seen.leaves_unlabelled = True
-        if seen.decides and (seen.leaves_unlabelled or not needs_label):
-            break
-    return seen
 
 
 def _problem(policy: Policy, line: int, message: str, hint: str = "") -> Problem:

@@ -6,9 +6,8 @@ counterexample. An outcome of ask breaks a `never` as allow does: a person in a 
 
 from dataclasses import dataclass
 
-from mycoswarmd.core.policy.evaluate import refusal
 from mycoswarmd.core.policy.model import Invariant, Policy
-from mycoswarmd.core.policy.space import MAX_POINTS, Space
+from mycoswarmd.core.policy.space import MAX_POINTS, Space, Wanted
 from mycoswarmd.core.policy.table import Row, Table
 from mycoswarmd.core.types import Effect, Request
 
@@ -34,29 +33,31 @@ class ProofResult:
 
 
 def prove(policy: Policy) -> tuple[ProofResult, ...]:
-    """Prove every invariant, or find a request that breaks it."""
+    """Prove every invariant, or find a request that breaks it. May raise globs.TooManyGlobs."""
     return tuple(_prove(policy, invariant) for invariant in policy.invariants)
 
 
 def _prove(policy: Policy, invariant: Invariant) -> ProofResult:
     rows = [Row(rule.conditions, rule.effect) for rule in policy.rules]
+    # The invariant is one more row, and counts as a forbid: what cannot be told satisfies it.
     table = Table(policy, [*rows, Row(invariant.never, Effect.FORBID)])
-    space, broken = Space(policy, table), 1 << len(rows)
-    points = space.size(table.every)
-    if points > MAX_POINTS:
+    broken = 1 << len(rows)
+    wanted = Wanted(every=broken, some=table.allow | table.ask, none=table.forbid & ~broken)
+    space = Space(policy, table)
+    points = space.size(wanted)
+    if points > MAX_POINTS and space.tried(wanted) > MAX_POINTS:
         return ProofResult(
             invariant=invariant.id, line=invariant.line, holds=False, points=points, is_too_large=True
         )
-    opening, forbidding = table.allow | table.ask, table.forbid & ~broken
-    for mask, request in space.points(broken, table.every):
-        if mask & opening and not mask & forbidding and refusal(policy, request) is None:
-            first = (mask & opening & -(mask & opening)).bit_length() - 1
-            return ProofResult(
-                invariant=invariant.id,
-                line=invariant.line,
-                holds=False,
-                points=points,
-                counterexample=request,
-                by_rule=policy.rules[first].id,
-            )
-    return ProofResult(invariant=invariant.id, line=invariant.line, holds=True, points=points)
+    found = space.find(wanted)
+    if found is None:
+        return ProofResult(invariant=invariant.id, line=invariant.line, holds=True, points=points)
+    opening = table.match(found) & wanted.some
+    return ProofResult(
+        invariant=invariant.id,
+        line=invariant.line,
+        holds=False,
+        points=points,
+        counterexample=found,
+        by_rule=policy.rules[(opening & -opening).bit_length() - 1].id,
+    )

@@ -5,14 +5,16 @@ the cage then lacks the means, not only the leave. What may change while a cage 
 hour) is taken at its most generous; each call is decided again anyway.
 """
 
-from mycoswarmd.core.policy.evaluate import refusal
-from mycoswarmd.core.policy.model import AgentProfile, Policy
-from mycoswarmd.core.policy.space import Space
-from mycoswarmd.core.policy.table import table_of
+from dataclasses import replace
+
+from mycoswarmd.core.policy.model import AgentProfile, Conditions, Policy
+from mycoswarmd.core.policy.space import Space, Wanted
+from mycoswarmd.core.policy.table import Row, Table
 from mycoswarmd.core.policy.tools import TOOLS
-from mycoswarmd.core.types import Action, CageSpec, SandboxLevel, Start
+from mycoswarmd.core.types import Action, CageSpec, Effect, SandboxLevel, Start
 
 _WRITERS = frozenset({"fs_write", "fs_edit", "run"})
+_LEVELS = tuple(SandboxLevel)
 
 
 def compile_rights(
@@ -27,7 +29,7 @@ def compile_rights(
         attempt: its fencing number.
         sandbox: what this machine can enforce; a rule may ask for more than it has.
     """
-    usable = _usable(policy, profile.name, sandbox)
+    usable = {name for name in profile.tools if _is_usable(policy, profile.name, name, sandbox)}
     return CageSpec(
         task_id=task_id,
         attempt=attempt,
@@ -38,14 +40,20 @@ def compile_rights(
     )
 
 
-def _usable(policy: Policy, agent: str, sandbox: SandboxLevel) -> frozenset[str]:
-    """Return the tools of which some call, at some label and hour, is not denied."""
-    table, found = table_of(policy), set[str]()
-    for mask, request in Space(policy, table).points(0, table.every):
-        if request.action is not Action.TOOL or request.agent != agent or request.start is not Start.LOCAL:
-            continue
-        if "min_sandbox" in table.columns and request.sandbox is not sandbox:
-            continue
-        if mask & ~table.forbid and not mask & table.forbid and refusal(policy, request) is None:
-            found.add(str(request.tool))
-    return frozenset(found)
+def _is_usable(policy: Policy, agent: str, tool: str, sandbox: SandboxLevel) -> bool:
+    """Tell whether some call of this tool by this agent, here, is allowed or asked about."""
+    call = Conditions(action=(Action.TOOL,), agent=(agent,), tool=(tool,), start=(Start.LOCAL,))
+    rows = [Row(_on_this_machine(rule.conditions, sandbox), rule.effect) for rule in policy.rules]
+    table = Table(policy, [*rows, Row(call, Effect.FORBID)])
+    this = 1 << len(rows)
+    wanted = Wanted(every=this, some=table.allow | table.ask, none=table.forbid & ~this)
+    return Space(policy, table).find(wanted) is not None
+
+
+def _on_this_machine(conditions: Conditions, sandbox: SandboxLevel) -> Conditions:
+    """Decide a condition on the sandbox now, since this machine's does not change."""
+    if conditions.min_sandbox is None:
+        return conditions
+    is_met = _LEVELS.index(sandbox) >= _LEVELS.index(conditions.min_sandbox)
+    # A rule that is not met here matches nothing: a list of no agents.
+    return replace(conditions, min_sandbox=None, agent=conditions.agent if is_met else ())
