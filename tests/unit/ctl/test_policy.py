@@ -146,6 +146,15 @@ def test_explain_sends_what_was_asked_and_says_what_each_rule_lacked(node: FakeN
     assert json.loads(node.asked[-1].body) == {"action": "infer"}
 
 
+def test_explain_without_a_zone_begins_with_where_the_prompt_would_go(node: FakeNode) -> None:
+    # The decision for this machine alone would mislead: no engine here has the model.
+    said = {**EXPLANATION, "decision": "allow", "rule": "answered-here"}
+    node.on("POST", "/api/policy/explain", answer(said))
+    ran = ctl(node, "policy", "explain", "--action", "infer", "--model", "gpt-4o")
+    assert ran.out.index("default-deny") < ran.out.index("answered-here")
+    assert not ran.out.startswith("allow")
+
+
 def test_explain_needs_an_action(node: FakeNode) -> None:
     assert ctl(node, "policy", "explain").code == 2
     node.on("POST", "/api/policy/explain", refuse(400, "bad-request", "cannot explain: no such action"))
