@@ -19,7 +19,9 @@ from mycoswarmd.core.policy.parse import MAX_BYTES
 from mycoswarmd.errors import PolicyInvalid, Problem, StoreError
 
 # Where the programs of a policy are looked for: the distribution's places, not the caller's PATH.
-PROGRAM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
+PROGRAM_PATH = "/usr/bin:/bin"
+# How the shipped policy is called in messages; it stands in no file of the operator's.
+SHIPPED = "shipped default"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -49,21 +51,32 @@ def read_safely(path: Path) -> bytes:
         if real.parent != path.parent.resolve():
             raise _refused(path, "it is a link to another directory", "put the file itself here")
         fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        raise _refused(
-            path, (exc.strerror or "unreadable").lower(), "mycoswarmctl policy check PATH"
-        ) from exc
-    with os.fdopen(fd, "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise _refused(path, "it is not a regular file", "write a plain file")
-        if facts.st_uid not in {0, os.geteuid()}:
-            raise _refused(
-                path, f"it belongs to uid {facts.st_uid}", "chown it to root or to the node's user"
-            )
-        if facts.st_mode & _OTHERS_MAY_WRITE:
-            raise _refused(path, "others than its owner may write it", f"chmod go-w {path}")
-        return file.read(MAX_BYTES + 1)
+        try:
+            facts = os.fstat(fd)
+            if (reason := _unsafe(path, facts)) is not None:
+                raise reason
+            data = os.read(fd, MAX_BYTES + 1)
+            after = os.fstat(fd)
+        finally:
+            os.close(fd)
+    except (OSError, RuntimeError) as exc:  # pathlib raises RuntimeError for a loop of links
+        why = getattr(exc, "strerror", None) or "its links go in a circle"
+        raise _refused(path, why.lower(), f"check it with: mycoswarmctl policy check {path}") from exc
+    if (after.st_size, after.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns) or len(data) != facts.st_size:
+        raise _refused(path, "it changed while it was read", "write a new file and rename it over this one")
+    return data
+
+
+def _unsafe(path: Path, facts: os.stat_result) -> PolicyInvalid | None:
+    if not stat.S_ISREG(facts.st_mode):
+        return _refused(path, "it is not a regular file", "write a plain file")
+    if facts.st_uid not in {0, os.geteuid()}:
+        return _refused(path, f"it belongs to uid {facts.st_uid}", "chown it to root or to the node's user")
+    if facts.st_mode & _OTHERS_MAY_WRITE:
+        return _refused(path, "others than its owner may write it", f"chmod go-w {path}")
+    if facts.st_size > MAX_BYTES:
+        return _refused(path, f"it has {facts.st_size:,} bytes", f"at most {MAX_BYTES:,}")
+    return None
 
 
 class PolicyKeeper:
@@ -86,8 +99,10 @@ class PolicyKeeper:
         self.problem = ""
         self.loaded_at_ms = 0
         self._copies = state_dir / "policy"
+        self._current = self._copies / "current"
         self._now_ms = now_ms
-        self._start(is_required=is_required)
+        self._is_required = is_required
+        self._start()
 
     @property
     def policy(self) -> Policy | None:
@@ -98,7 +113,7 @@ class PolicyKeeper:
         """Read the file again; raise PolicyInvalid and keep the old policy if anything is wrong."""
         old = self.policy
         try:
-            data, checked = self._read_file()
+            data, checked = self._read()
         except PolicyInvalid as exc:
             kept = f"{old.name!r} of {old.sha256[:12]} stays in force" if old is not None else "all is denied"
             self.problem = f"{exc.message}; {kept}"
@@ -107,48 +122,58 @@ class PolicyKeeper:
         self._put_in_force(data, checked)
         return Reload(changed=changed, warnings=checked.warnings)
 
-    def _start(self, *, is_required: bool) -> None:
-        current = self._copies / "current"
-        if not self.path.exists() and not self.path.is_symlink() and not current.exists() and not is_required:
-            data = shipped_default()
-            self._put_in_force(data, check_policy(data, path="default", resolve_program=resolve_program))
-            return
+    def _start(self) -> None:
         try:
-            self._put_in_force(*self._read_file())
+            self._put_in_force(*self._read())
         except PolicyInvalid as exc:
-            self._fall_back(current, exc)
+            self._fall_back(exc)
 
-    def _fall_back(self, current: Path, exc: PolicyInvalid) -> None:
+    def _read(self) -> tuple[bytes, Checked]:
+        """Read the file, or the shipped default where there never was one."""
+        if not self._is_required and _is_absent(self._current) and _is_absent(self.path):
+            data, name = shipped_default(), SHIPPED
+        else:
+            data, name = read_safely(self.path), str(self.path)
+        return data, check_policy(data, path=name, resolve_program=resolve_program)
+
+    def _fall_back(self, exc: PolicyInvalid) -> None:
+        """Use the copy of the last good file, if it is what its name says."""
         try:
-            data = current.read_bytes()
+            name = self._current.readlink().name
+            data = read_safely(self._copies / name)
+            if name != _copy_name(data):
+                raise _refused(self._copies / name, "it is not what was stored", "")
             checked = check_policy(data, path=str(self.path), resolve_program=resolve_program)
         except (OSError, PolicyInvalid):
             self.problem = f"{exc.message}; there is no earlier policy: everything is denied"
             return
         self._hold(data, checked)
-        self.problem = f"{exc.message}; the last good policy, {checked.policy.sha256[:12]}, stays in force"
-
-    def _read_file(self) -> tuple[bytes, Checked]:
-        data = read_safely(self.path)
-        return data, check_policy(data, path=str(self.path), resolve_program=resolve_program)
+        self.problem = (
+            f"{exc.message}; the last good policy, {checked.policy.sha256[:12]}, stays in force"
+            f" (to go back to the shipped one, remove {self._current} and restart)"
+        )
 
     def _put_in_force(self, data: bytes, checked: Checked) -> None:
         """Copy durably first: what is in force can always be found again."""
-        try:
-            self._copies.mkdir(mode=0o700, parents=True, exist_ok=True)
-            copy = self._copies / f"{hashlib.sha256(data).hexdigest()}.toml"
-            _write_durably(copy, data)
-            link = self._copies / ".current"
-            link.unlink(missing_ok=True)
-            link.symlink_to(copy.name)
-            link.replace(self._copies / "current")
-            _sync_directory(self._copies)
-        except OSError as exc:
-            raise StoreError(
-                "policy-copy", f"cannot keep a copy of the policy in {self._copies}: {exc.strerror}"
-            ) from exc
+        if checked.policy.path != SHIPPED:
+            try:
+                self._keep(data)
+            except OSError as exc:
+                raise StoreError(
+                    "policy-copy", f"cannot keep a copy of the policy in {self._copies}: {exc.strerror}"
+                ) from exc
         self._hold(data, checked)
         self.problem = ""
+
+    def _keep(self, data: bytes) -> None:
+        self._copies.mkdir(mode=0o700, parents=True, exist_ok=True)
+        copy = self._copies / _copy_name(data)
+        _write_durably(copy, data)
+        link = self._copies / ".current"
+        link.unlink(missing_ok=True)
+        link.symlink_to(copy.name)
+        link.replace(self._current)
+        _sync_directory(self._copies)
 
     def _hold(self, data: bytes, checked: Checked) -> None:
         self.text = data.decode()
@@ -167,9 +192,25 @@ def shipped_default() -> bytes:
     )
 
 
+def _is_absent(path: Path) -> bool:
+    """Tell whether there is nothing; what may not be looked at is not nothing."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _copy_name(data: bytes) -> str:
+    return f"{hashlib.sha256(data).hexdigest()}.toml"
+
+
 def _write_durably(path: Path, data: bytes) -> None:
     new = path.with_suffix(".new")
-    with new.open("wb") as file:
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -131,7 +131,8 @@ def _value(shape: Request, field: str, value: object) -> tuple[str, str, str]:
     plain = replace(shape, agent=None, start=Start.LOCAL, model=None)
     with_value = describe(replace(plain, **{field: value}))  # type: ignore[arg-type]
     known = describe(plain).split(" ")
-    return next(word for word in with_value.split(" ") if word not in known).partition("=")
+    word = next((word for word in with_value.split(" ") if word not in known), f"{key}={value}")
+    return word.partition("=")
 
 
 def _with_speakers(
