@@ -208,7 +208,8 @@ def refusal(policy: Policy, request: Request) -> Refusal | None:
         return Refusal("impossible-zone", f"a destination is in zone cloud, and this would go to zone {zone}")
     destination = policy.destinations.get(dest or "")
     if destination is None:
-        return Refusal("undeclared-destination", f"the policy declares no destination {dest or 'for it'!r}")
+        why = f"the policy declares no destination {dest!r}" if dest else "zone cloud needs a destination"
+        return Refusal("undeclared-destination", why)
     if not destination.serves(request.model):
         return Refusal(
             "destination-models", f"destination {dest!r} is not declared to serve model {request.model!r}"

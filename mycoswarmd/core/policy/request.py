@@ -35,7 +35,7 @@ def near(word: str, known: Collection[str]) -> str:
     """Say what would have been accepted: the nearest known word if one is near, else all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean '{close[0]}'?"  # not !r: known words may be members of an enum
     return f"known: {', '.join(sorted(known))}" if known else "none is declared"
 
 
