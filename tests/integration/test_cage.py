@@ -133,7 +133,7 @@ async def test_programs_that_a_cage_cannot_show_are_refused(program: str, says: 
 async def test_the_work_may_use_only_the_paths_of_the_task() -> None:
     code = """
 from mycoswarmd.agent import confine
-os.mkdir("/workspace/src"); os.mkdir("/workspace/private")
+os.mkdir("/workspace/src"); os.makedirs("/workspace/private/sub")
 os.symlink("/workspace/private", "/workspace/link")
 open("/workspace/private/key", "w").write("k"); open("/workspace/top", "w").write("t")
 confine.narrow(body)
@@ -150,12 +150,13 @@ result = [
     attempt(open, "/workspace/private/key"), attempt(os.listdir, "/workspace/private"),
     attempt(open, "/workspace/link/new", "w"), attempt(os.unlink, "/workspace/private/key"),
     attempt(os.rename, "/workspace/src/new", "/workspace/moved"), attempt(os.truncate, "/workspace/top", 0),
+    attempt(open, "/workspace/private/sub/new", "w"),  # by way of a link the rule would be about this
 ]
 """
-    spec = make_spec(read_paths=("src", "top", "missing"), write_paths=("src", "made", "link"))
+    spec = make_spec(read_paths=("src", "top", "missing"), write_paths=("src", "made", "link", "link/sub"))
     async with cage(spec) as session:
         found = await do(session, code)
-    assert found == ["done", "done", "done", "done", 13, 13, 13, 13, 13, 13, 13, 13]
+    assert found == ["done", "done", "done", "done", *[13] * 9]
 
 
 class Weakened(BubblewrapCages):

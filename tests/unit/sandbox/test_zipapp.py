@@ -5,6 +5,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+from mycoswarmd.sandbox import zipapp
 from mycoswarmd.sandbox.zipapp import build_agent, build_zip
 
 
@@ -14,6 +15,9 @@ def names(data: bytes) -> list[str]:
 
 def test_the_same_sources_give_the_same_bytes() -> None:
     assert build_agent() == build_agent()
+    infos = zipfile.ZipFile(io.BytesIO(build_agent())).infolist()
+    assert {info.date_time for info in infos} == {zipapp.EPOCH}
+    assert [info.filename for info in infos] == sorted(info.filename for info in infos)
 
 
 def test_it_holds_the_agent_wire_and_errors_and_nothing_else() -> None:
