@@ -97,7 +97,7 @@ def _find_state(*given: Path | None) -> Path:
     """Return the first directory that was given, or the daemon's own default."""
     for one in given:
         if one is not None:
-            return one
+            return Path(one)  # old typer keeps a parent's parameters as text
     if os.geteuid() == 0:
         return Path("/var/lib/mycoswarm")
     base = os.environ.get("XDG_STATE_HOME")
