@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Final
 
-# One element of a glob: a star, a bracket set, or one character (`?` included).
-_ELEMENT: Final = re.compile(r"\*+|\[!?\]?[^\]]*\]|.", re.DOTALL)
+# One element of a glob, as fnmatch divides it: a star, a bracket set, or one character (`?` included).
+_ELEMENT: Final = re.compile(r"\*+|\[!?+\]?+[^\]]*\]|.", re.DOTALL)
 # More states than this come only from globs with many stars each; refused rather than waited for.
 MAX_STATES: Final = 20_000
 

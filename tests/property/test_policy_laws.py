@@ -1,0 +1,212 @@
+"""The laws of the policy language, over many small policies and requests."""
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import product
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mycoswarmd.core.policy.diff import changed_requests
+from mycoswarmd.core.policy.evaluate import Approval, NeedsApproval, Permit, evaluate
+from mycoswarmd.core.policy.explain import explain
+from mycoswarmd.core.policy.globs import shortest_names
+from mycoswarmd.core.policy.model import Conditions, Policy
+from mycoswarmd.core.policy.prove import prove
+from mycoswarmd.core.policy.request import facts_of, parse_request
+from mycoswarmd.core.policy.space import Space, Wanted
+from mycoswarmd.core.policy.table import table_of
+from mycoswarmd.core.types import UNKNOWN, Effect, Principal, Request
+from mycoswarmd.errors import Denied
+from tests.policies import (
+    EFFECTS,
+    PRINCIPALS,
+    RANK,
+    REQUESTS,
+    conditions,
+    naive_decision,
+    naive_match,
+    naive_refusal,
+    policies,
+    policy_of,
+    rule_of,
+    sensible_requests,
+    word,
+)
+
+ANY_REQUEST = st.one_of(sensible_requests(), sensible_requests(), REQUESTS)
+many = settings(max_examples=100, deadline=None)
+fewer = settings(max_examples=50, deadline=None)
+
+
+@many
+@given(policies(), st.lists(ANY_REQUEST, min_size=5, max_size=5))
+def test_the_evaluator_decides_as_the_specification_does(policy: Policy, requests: list[Request]) -> None:
+    for request in requests:
+        assert word(evaluate(policy, request)) == naive_decision(policy, request)
+
+
+@many
+@given(policies(), ANY_REQUEST, st.data())
+def test_permuting_the_rules_changes_nothing(policy: Policy, request: Request, data: st.DataObject) -> None:
+    other = replace(policy, rules=tuple(data.draw(st.permutations(policy.rules))))
+    one, two = evaluate(policy, request), evaluate(other, request)
+    assert (word(one), one.rule, one.where) == (word(two), two.rule, two.where)
+    assert changed_requests(policy, other) == ()
+
+
+@many
+@given(policies(), conditions(), st.sampled_from(EFFECTS), ANY_REQUEST)
+def test_adding_a_rule_moves_only_its_own_way_and_only_what_it_matches(
+    policy: Policy, some: object, effect: Effect, request: Request
+) -> None:
+    rule = rule_of(99, effect, some)  # type: ignore[arg-type]
+    before = RANK[word(evaluate(policy, request))]
+    after = RANK[word(evaluate(replace(policy, rules=(*policy.rules, rule)), request))]
+    if effect is Effect.FORBID:
+        assert after <= before
+    if effect is Effect.ALLOW:
+        assert after >= before
+    if not naive_match(policy, rule.conditions, request, is_forbid=effect is Effect.FORBID):
+        assert after == before
+
+
+@fewer
+@given(REQUESTS)
+def test_no_rules_deny_everything(request: Request) -> None:
+    for policy in (None, policy_of([])):
+        outcome = evaluate(policy, request)
+        assert isinstance(outcome, Denied)
+        assert outcome.message.startswith("cannot ")
+
+
+@many
+@given(policies(), REQUESTS)
+def test_an_explanation_says_what_is_decided(policy: Policy, request: Request) -> None:
+    outcome, said = evaluate(policy, request), explain(policy, request)
+    assert (said.decision, said.rule, said.where) == (word(outcome), outcome.rule, outcome.where)
+    assert {*said.matched, *(one.rule for one in said.lacking)} == {rule.id for rule in policy.rules}
+    assert all(one.missing for one in said.lacking)
+    for rule in policy.rules:
+        matches = naive_match(policy, rule.conditions, request, is_forbid=rule.effect is Effect.FORBID)
+        assert matches == (rule.id in said.matched)
+
+
+@many
+@given(policies(), sensible_requests(), PRINCIPALS)
+def test_an_approval_permits_only_by_a_person_and_only_what_was_asked(
+    policy: Policy, request: Request, by: Principal
+) -> None:
+    rules = [rule for rule in policy.rules if rule.effect is not Effect.FORBID]
+    policy = policy_of([*rules, rule_of(99, Effect.ASK, Conditions())])
+    needs = evaluate(policy, request)
+    assume(isinstance(needs, NeedsApproval))
+    assert isinstance(needs, NeedsApproval)
+    outcome = evaluate(policy, request, approval=Approval(what=needs.what, by=by))
+    may = by.is_owner and (by.agent, by.key, by.node) == (None, None, None)
+    assert isinstance(outcome, Permit) == may
+    other = evaluate(policy, request, approval=Approval(what="0" * 64, by=Principal(is_owner=True)))
+    assert isinstance(other, NeedsApproval)
+
+
+@many
+@given(policies(with_invariant=True), st.lists(sensible_requests(), min_size=10, max_size=10))
+def test_no_request_breaks_what_is_proved_and_a_counterexample_does(
+    policy: Policy, requests: list[Request]
+) -> None:
+    (proof,) = prove(policy)
+    never = policy.invariants[0].never
+    if proof.holds:
+        for request in requests:
+            if naive_match(policy, never, request, is_forbid=True):
+                assert naive_decision(policy, request) == "deny"
+    else:
+        found = proof.counterexample
+        assert found is not None
+        assert naive_match(policy, never, found, is_forbid=True)
+        assert word(evaluate(policy, found)) in {"ask", "allow"}
+        assert proof.by_rule in explain(policy, found).matched
+
+
+@many
+@given(policies(with_invariant=True))
+def test_a_proof_agrees_with_asking_every_point(policy: Policy) -> None:
+    """Compare with a proof that prunes nothing: each shape with each value of each column."""
+    (proof,) = prove(policy)
+    table = table_of(policy_of([*policy.rules, rule_of(98, Effect.FORBID, policy.invariants[0].never)]))
+    space = Space(policy, table)
+    columns = [
+        c for name, c in table.columns.items() if name not in {"zone", "dest", "tool", "agent", "start"}
+    ]
+    is_broken, tried = False, 0
+    for shape in space.shapes:
+        for values in product(*(list(column.values(shape, table.every)) for column in columns)):
+            tried += 1
+            assume(tried < 20_000)
+            fields = {column.field: value for column, value in zip(columns, values, strict=True)}
+            request = replace(shape, **fields)  # type: ignore[arg-type]
+            if naive_match(policy, policy.invariants[0].never, request, is_forbid=True):
+                is_broken = is_broken or word(evaluate(policy, request)) != "deny"
+        if is_broken:
+            break
+    assert proof.holds == (not is_broken)
+
+
+@settings(max_examples=25, deadline=None)
+@given(policies(), policies(), st.lists(ANY_REQUEST, min_size=10, max_size=10))
+def test_a_difference_is_always_told(one: Policy, two: Policy, requests: list[Request]) -> None:
+    if any(naive_decision(one, request) != naive_decision(two, request) for request in requests):
+        assert changed_requests(one, two)
+    assert changed_requests(one, one) == ()
+
+
+@many
+@given(policies(), sensible_requests())
+def test_what_is_decided_can_be_found(policy: Policy, request: Request) -> None:
+    """Whatever rule matches some request is found to be able to match."""
+    space = Space(policy, table_of(policy))
+    for i, rule in enumerate(policy.rules):
+        if naive_match(policy, rule.conditions, request, is_forbid=rule.effect is Effect.FORBID):
+            wanted = Wanted(
+                every=1 << i, some=1 << i, none=0, is_open=naive_refusal(policy, request) is False
+            )
+            assert space.find(wanted) is not None
+
+
+@many
+@given(policies(), ANY_REQUEST)
+def test_unknown_facts_never_help(policy: Policy, request: Request) -> None:
+    unknown = replace(request, minute_of_day=UNKNOWN, roster_age_s=UNKNOWN, sandbox=UNKNOWN)
+    assert RANK[word(evaluate(policy, unknown))] <= RANK[word(evaluate(policy, request))]
+
+
+@many
+@given(REQUESTS)
+def test_a_request_survives_being_written_down(request: Request) -> None:
+    policy = policy_of([])
+    facts = facts_of(request)
+    again = parse_request(facts, policy)
+    assert facts_of(again) == facts
+
+
+@many
+@given(st.lists(st.text(alphabet="ab*?", min_size=1, max_size=4), min_size=1, max_size=4, unique=True))
+def test_globs_combine_exactly_as_names_show(globs: list[str]) -> None:
+    def signature(name: str) -> tuple[bool, ...]:
+        return tuple(fnmatchcase(name, glob) for glob in globs)
+
+    found = [signature(name) for name in shortest_names(globs)]
+    assert len(found) == len(set(found))
+    names = ("".join(chars) for length in range(1, 6) for chars in product("abx", repeat=length))
+    assert {signature(name) for name in names} <= set(found)
+
+
+@many
+@given(st.lists(st.text(alphabet="ac*?[]!-", min_size=1, max_size=6), min_size=1, max_size=3, unique=True))
+def test_globs_with_sets_combine_as_names_show(globs: list[str]) -> None:
+    def signature(name: str) -> tuple[bool, ...]:
+        return tuple(fnmatchcase(name, glob) for glob in globs)
+
+    found = {signature(name) for name in shortest_names(globs)}
+    names = ("".join(chars) for length in range(1, 4) for chars in product("abcz[]!-", repeat=length))
+    assert {signature(name) for name in names} <= found
