@@ -75,26 +75,37 @@ class Database:
         """Work off what waits and let go of everything. Idempotent."""
         await asyncio.to_thread(self._close)
 
-    async def run(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+    async def run(
+        self,
+        fn: Callable[[sqlite3.Connection], T],
+        *,
+        settled: Callable[[BaseException | None], None] | None = None,
+    ) -> T:
         """Call a function in the writer's thread, in a transaction, and return after its fsync.
 
         The function runs to its end even when the caller is cancelled. What it raises is raised here,
-        and only its own changes are undone.
+        and only its own changes are undone. `settled` is called in the caller's loop with the failure,
+        if any, before this returns and also when the caller is gone.
 
         Raises:
             StoreError: disk-full, store-io, store-corrupt: nothing of the transaction was kept.
             Unavailable: store-busy.
         """
-        return await self._hand(self._writer, fn)
+        return await self._hand(self._writer, fn, settled)
 
     async def read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
         """Call a function in the reader's thread, on one consistent snapshot; it cannot write."""
-        return await self._hand(self._reader, fn)
+        return await self._hand(self._reader, fn, None)
 
-    async def _hand(self, worker: Worker | None, fn: Callable[[sqlite3.Connection], T]) -> T:
+    async def _hand(
+        self,
+        worker: Worker | None,
+        fn: Callable[[sqlite3.Connection], T],
+        settled: Callable[[BaseException | None], None] | None,
+    ) -> T:
         if worker is None:
             raise StoreError("store-closed", "cannot use the database: it is not open")
-        job = Job(fn)
+        job = Job(fn, settled=settled)
         worker.submit(job)
         return await job.future
 

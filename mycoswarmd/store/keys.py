@@ -1,4 +1,8 @@
-"""API keys: the hash of each secret on disk, all live ones in memory, when each was used now and then."""
+"""API keys: the hash of each secret on disk, all live ones in memory, when each was used now and then.
+
+What is in memory follows the disk whether or not the caller still waits; where it cannot, because a commit
+failed, it errs on the closed side.
+"""
 
 import asyncio
 import contextlib
@@ -70,11 +74,15 @@ class SqliteKeyStore:
                     f"cannot create the key {name!r}: there is one already",
                     hint="choose another name, or revoke that one first",
                 ) from exc
-            return _get(connection, key_id)
+            stored.append(_get(connection, key_id))
+            return stored[0]
 
-        row = await self._db.run(store)
-        self._live[secret_sha256] = row
-        return row
+        def remember(failure: BaseException | None) -> None:
+            if failure is None:
+                self._live[secret_sha256] = stored[0]
+
+        stored: list[KeyRow] = []
+        return await self._db.run(store, settled=remember)
 
     async def list(self) -> Sequence[KeyRow]:
         """Return all keys, also revoked ones, oldest first."""
@@ -102,11 +110,15 @@ class SqliteKeyStore:
                     f"cannot find a live key {name_or_id[:80]!r}",
                     hint="`mycoswarmctl keys list` names them",
                 )
+            revoked.append(row["id"])
             return _get(connection, row["id"])
 
-        revoked = await self._db.run(mark)
-        self._live = {sha256: row for sha256, row in self._live.items() if row.id != revoked.id}
-        return revoked
+        def forget(_: BaseException | None) -> None:
+            """Refuse the key, also when its revocation could not be written: somebody wanted it gone."""
+            self._live = {sha256: row for sha256, row in self._live.items() if row.id not in revoked}
+
+        revoked: list[str] = []
+        return await self._db.run(mark, settled=forget)
 
     def lookup(self, secret_sha256: str) -> KeyRow | None:
         """Return the live key of this secret, from memory, and remember that it was used."""

@@ -21,12 +21,24 @@ MAX_WAITING = 1_000
 
 
 class Job(Generic[T]):
-    """One caller's function and where its outcome goes."""
+    """One caller's function and where its outcome goes.
 
-    __slots__ = ("_fn", "_loop", "_result", "failure", "future")
+    Args:
+        fn: called in the thread.
+        settled: called in the caller's loop with the failure, if any, even if the caller is gone; jobs
+            of one loop settle in the order in which they were submitted.
+    """
 
-    def __init__(self, fn: Callable[[sqlite3.Connection], T]) -> None:
+    __slots__ = ("_fn", "_loop", "_result", "_settled", "failure", "future")
+
+    def __init__(
+        self,
+        fn: Callable[[sqlite3.Connection], T],
+        *,
+        settled: Callable[[BaseException | None], None] | None = None,
+    ) -> None:
         self._fn = fn
+        self._settled = settled
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[T] = self._loop.create_future()
         self._result: T
@@ -44,6 +56,8 @@ class Job(Generic[T]):
             return  # the caller's loop is closed: nobody waits
 
     def _settle(self) -> None:
+        if self._settled is not None:
+            self._settled(self.failure)
         if self.future.done():
             return  # cancelled meanwhile
         if self.failure is not None:
