@@ -12,8 +12,11 @@ Source: https://www.sqlite.org/wal.html, https://www.sqlite.org/howtocorrupt.htm
 """
 
 import asyncio
+import contextlib
 import os
+import shlex
 import sqlite3
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +50,7 @@ class Database:
     """The file, its lock and its two threads.
 
     Args:
-        path: the database file; its directory is the state directory and is made private (0700).
+        path: the database file; its directory is the state directory, which is made with mode 0700.
         busy_timeout_s: how long to wait for another program's lock.
     """
 
@@ -67,7 +70,7 @@ class Database:
         """Lock the state directory, check, create or migrate the file, and start the threads.
 
         Raises:
-            StoreError: state-locked, store-corrupt, store-newer, store-io or disk-full.
+            StoreError: state-not-private, state-locked, store-corrupt, store-newer, store-io or disk-full.
         """
         await asyncio.to_thread(self._open)
 
@@ -114,8 +117,7 @@ class Database:
     def _open(self) -> None:
         directory = self._path.parent
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.chmod(0o700)
+            _own_directory(directory)
             self._lock = StateLock(directory)
             self._open_locked()
         except OSError as exc:
@@ -190,7 +192,9 @@ class Database:
         _fsync(new)
         new.rename(self._path)
         _fsync(self._path.parent)
-        _fsync(self._path.parent.parent)
+        # One that may only be passed through, such as a home's parent, cannot be opened and was not ours.
+        with contextlib.suppress(PermissionError):
+            _fsync(self._path.parent.parent)
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -256,6 +260,30 @@ class Database:
         if connection.in_transaction:
             with Attempt():  # a disk that refused the commit may refuse this too; BEGIN will tell
                 connection.execute("ROLLBACK")
+
+
+def _own_directory(directory: Path) -> None:
+    """Make the state directory; refuse one that somebody else could put files into.
+
+    Its mode is left as it was found: the directory may be `/tmp`, given by mistake.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        if not directory.is_dir():
+            raise
+    found = directory.stat()
+    if found.st_uid != os.geteuid():
+        cause = f"it belongs to uid {found.st_uid}, not to uid {os.geteuid()}, which runs this"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        cause = f"others can write to it (mode {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return
+    raise StoreError(
+        "state-not-private",
+        f"cannot use the state directory {str(directory)!r}: {cause}",
+        hint=f"choose a directory of its own; if it is one: chmod 700 {shlex.quote(str(directory))}",
+    )
 
 
 def _fsync(path: Path) -> None:

@@ -6,8 +6,10 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from mycoswarmd.errors import MycoswarmError, NotFound, StoreError, Unavailable
 from mycoswarmd.store.db import Database
 from mycoswarmd.store.schema import VERSION
 from mycoswarmd.store.worker import MAX_WAITING
+
+NOBODY = 65_534
 
 
 def writing(name: str) -> Callable[[sqlite3.Connection], str]:
@@ -64,6 +68,69 @@ async def test_the_directory_and_all_files_are_private(db: Database, path: Path)
     files = list(path.parent.iterdir())
     assert {"lock", path.name, f"{path.name}-wal"} <= {file.name for file in files}
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+async def test_a_directory_that_was_there_keeps_its_mode_and_ours_is_private_in_it(path: Path) -> None:
+    path.parent.mkdir()
+    path.parent.chmod(0o755)
+    database = Database(path)
+    await database.open()
+    await database.run(writing("a"))
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o600}
+    await database.close()
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o770, 0o702])
+async def test_a_directory_that_others_can_write_is_refused_and_left_alone(path: Path, mode: int) -> None:
+    path.parent.mkdir()
+    path.parent.chmod(mode)
+    with pytest.raises(StoreError) as caught:
+        await Database(path).open()
+    assert caught.value.code == "state-not-private"
+    assert str(path.parent) in caught.value.message
+    assert "chmod 700" in caught.value.hint
+    assert stat.S_IMODE(path.parent.stat().st_mode) == mode
+    assert list(path.parent.iterdir()) == []
+
+
+@contextmanager
+def as_a_person() -> Iterator[Path]:
+    """Be an ordinary user, below a directory that may be passed through and not be listed."""
+    is_root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as name:
+        outer = Path(name)
+        own = outer / "home"
+        own.mkdir(mode=0o700)
+        if is_root:
+            os.chown(own, NOBODY, NOBODY)
+        outer.chmod(0o311)
+        try:
+            if is_root:
+                os.seteuid(NOBODY)
+            yield own
+        finally:
+            if is_root:
+                os.seteuid(0)
+            outer.chmod(0o700)
+
+
+async def test_somebody_elses_directory_is_refused(path: Path) -> None:
+    if os.geteuid() != 0:
+        path = Path("/etc/mycoswarm.db")
+    else:
+        path.parent.mkdir(mode=0o700)
+        os.chown(path.parent, NOBODY, NOBODY)
+    assert await code_of_open(path) == "state-not-private"
+
+
+async def test_a_state_directory_below_one_that_cannot_be_listed_works() -> None:
+    with as_a_person() as own:
+        database = Database(own / "mycoswarm.db")
+        await database.open()
+        await database.run(writing("a"))
+        assert await database.read(names) == ["a"]
+        await database.close()
 
 
 async def test_the_settings_are_those_that_durability_needs(db: Database) -> None:
@@ -192,7 +259,7 @@ async def test_a_damaged_file_is_refused_and_never_written(
 async def test_damage_beside_a_log_that_was_not_merged_writes_neither(db: Database, path: Path) -> None:
     await db.run(writing("a"))
     other = path.parent.parent / "copy" / path.name  # what a kill leaves: the file and its -wal
-    other.parent.mkdir()
+    other.parent.mkdir(mode=0o700)
     for end in ("", "-wal"):
         data = bytearray(path.with_name(path.name + end).read_bytes())
         if not end:
@@ -207,7 +274,7 @@ async def test_damage_beside_a_log_that_was_not_merged_writes_neither(db: Databa
 async def test_a_log_without_its_database_is_not_a_fresh_start(db: Database, path: Path) -> None:
     await db.run(writing("a"))
     other = path.parent.parent / "copy" / path.name
-    other.parent.mkdir()
+    other.parent.mkdir(mode=0o700)
     wal = other.with_name(f"{path.name}-wal")
     wal.write_bytes(path.with_name(wal.name).read_bytes())
     assert await code_of_open(other) == "store-corrupt"
@@ -215,7 +282,7 @@ async def test_a_log_without_its_database_is_not_a_fresh_start(db: Database, pat
 
 
 async def test_a_half_made_new_database_is_made_again(path: Path) -> None:
-    path.parent.mkdir()
+    path.parent.mkdir(mode=0o700)
     path.with_name(f"{path.name}.new").write_bytes(b"half")
     database = Database(path)
     await database.open()
