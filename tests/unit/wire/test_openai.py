@@ -209,6 +209,13 @@ def test_any_json_parses_or_is_a_bad_request(change: dict[str, object]) -> None:
             assert parse(json.dumps({**body(), **change}).encode()).model
 
 
+def test_plain_text_is_no_format() -> None:
+    assert chat(response_format={"type": "text"}).response_format is None
+    assert chat(response_format={"type": "json_object"}).response_format == {"type": "json_object"}
+    text = parse_completion(b'{"model": "m", "prompt": "x"}')
+    assert ChunkEncoder(text, id="x", created_s=9).encode(ReasoningDelta("hm")) == b""
+
+
 def test_completions() -> None:
     prompt = parse_completion(b'{"model": "m", "prompt": ["Once"], "max_tokens": 3, "messages": 5}')
     assert (prompt.kind, prompt.text, prompt.params) == (PromptKind.TEXT, "Once", {"max_tokens": 3})

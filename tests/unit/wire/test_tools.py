@@ -85,6 +85,8 @@ def test_the_tools_own_example_is_used_and_the_callers_limit_kept() -> None:
     compiled = compile_tools(ask(tools=[tool("weather", own)], tool_choice="required", max_tokens=7))
     assert compiled.messages[1].content == "Get the weather for Oslo: c"
     assert compiled.params["max_tokens"] == 7
+    odd = compile_tools(ask(tools=[tool("weather", {**WEATHER, "examples": ["Oslo"]})]))
+    assert odd.messages[3].content == "Get the weather for a city"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,8 @@ def test_only_known_fields_are_forwarded() -> None:
     assert with_tools["stream_options"] == {"include_usage": True}
     named = sent({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "get"}}})
     assert named["tool_choice"] == {"type": "function", "function": {"name": "get"}}
+    named_user = [{"role": "user", "content": "x", "name": "anna"}]
+    assert sent({"messages": named_user})["messages"] == named_user
     call = {"id": "c", "type": "function", "function": {"name": "get", "arguments": "{}"}}
     turns = [
         {"role": "assistant", "tool_calls": [call]},
@@ -136,6 +138,7 @@ def test_chunks_are_read() -> None:
     found = [
         delta
         for data in (
+            chunk(None),
             chunk({"role": "assistant", "content": ""}),
             chunk({"reasoning_content": "hm"}),
             chunk({"content": "a"}),
