@@ -159,6 +159,7 @@ class StoreError(MycoswarmError):
     """The disk or the database refused: full, damaged, locked by another daemon, newer."""
 
     http_status = 503
+    retryable = True
 
 
 class Unreachable(MycoswarmError):

@@ -146,6 +146,18 @@ class NodeProcess:
         assert self._process is not None
         return self._process.wait(within_s)
 
+    def is_running(self) -> bool:
+        """Tell whether the process (or what wraps it) still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def wait_for_models(self) -> None:
+        """Wait until some engine serves something."""
+        for _ in range(200):
+            if self.call("GET", "/api/models").json["models"]:
+                return
+            time.sleep(0.05)
+        raise AssertionError(self.log())
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 

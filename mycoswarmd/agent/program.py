@@ -56,11 +56,20 @@ class Output:
         return (bytes(self._head) + middle + bytes(self._tail)).decode("utf-8", "replace")
 
 
+# Where a bare name is looked for.
+_DIRECTORIES = ("/usr/bin", "/bin", "/usr/sbin")
+
+
 def find_program(name: str, programs: tuple[str, ...]) -> str | None:
     """Return the allowed file that a name or path means, or None."""
     for program in programs:
         if name in {program, program.rpartition("/")[2]}:
             return program
+    # The policy's programs are resolved files: "python3" there is /usr/bin/python3.11 here.
+    for directory in _DIRECTORIES:
+        file = os.path.join(directory, name)
+        if "/" not in name and os.path.realpath(file) in programs:
+            return file
     return None
 
 

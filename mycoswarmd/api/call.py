@@ -39,7 +39,8 @@ class Call:
         text = self.request.query.get(name)
         if text is None:
             return default
-        if not text.isascii() or not text.isdigit() or not low <= int(text[:18]) <= high:
+        is_number = text.isascii() and text.isdigit() and len(text) <= 18
+        if not is_number or not low <= int(text) <= high:
             raise BadRequest(
                 "bad-request",
                 f"cannot use {name}={text[:40]!r}: it must be a number from {low} to {high}",

@@ -1,14 +1,16 @@
 """The control interface under /api: what mycoswarmctl does. Local callers only."""
 
+import asyncio
 import hashlib
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.call import Call, json_answer
-from mycoswarmd.core.policy.evaluate import Permit, evaluate
+from mycoswarmd.api.openai import send
+from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.explain import explain as explain_request
 from mycoswarmd.core.policy.request import parse_request
 from mycoswarmd.core.tasks import FINAL, Event, Task, TaskSpec, TaskState
@@ -16,13 +18,15 @@ from mycoswarmd.core.types import Action, Request, TaskId
 from mycoswarmd.errors import BadRequest, Denied
 from mycoswarmd.flow.approve import parse_principal
 from mycoswarmd.flow.ports import ApprovalRow, KeyRow
-from mycoswarmd.flow.prompt import Speaker
+from mycoswarmd.flow.prompt import Speaker, Why
 from mycoswarmd.wire.jsonv import get_bool, get_int, get_str
 from mycoswarmd.wire.prompt import Prompt, PromptKind
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PAGE = 500
+# The final attempt's `changes` event is just before its final state.
+_LAST_EVENTS = 5
 # How long a follower's connection may be silent before it is told that the task still lives.
 _SILENT_S = 10.0
 _TAR = "application/x-tar"
@@ -63,16 +67,9 @@ async def models(call: Call) -> StreamResponse:
 async def put_blob(call: Call) -> StreamResponse:
     """Store a workspace under its hash, for someone who may post some task."""
     claimed = call.path["sha256"]
-    actual = hashlib.sha256(call.untrusted_body).hexdigest()
+    actual = await asyncio.to_thread(lambda: hashlib.sha256(call.untrusted_body).hexdigest())
     if not _SHA256.fullmatch(claimed) or claimed != actual:
         raise BadRequest("wrong-hash", "cannot store this: the body does not have the hash in the path")
-    policy = call.services.policy.policy
-    requests = [
-        Request(action=Action.TASK, principal=call.principal, agent=agent)
-        for agent in (policy.agents if policy is not None else ())
-    ]
-    if not requests or all(isinstance(evaluate(policy, request), Denied) for request in requests):
-        raise Denied("policy-denied", "cannot store a workspace for someone who may post no task")
     return json_answer({"sha256": await call.services.blobs.put(call.untrusted_body)})
 
 
@@ -146,7 +143,7 @@ async def events(call: Call) -> StreamResponse:
         found = await call.services.task_store.get(task_id)
         rows = await call.services.task_store.events(task_id, after=after, limit=_PAGE)
         for row in rows:
-            await response.write(_event_line(row))
+            await send(response, _event_line(row))
             after = row.seq
         if len(rows) == _PAGE:
             continue
@@ -183,7 +180,11 @@ async def cancel(call: Call) -> StreamResponse:
 async def retry(call: Call) -> StreamResponse:
     """Put a parked or failed task back into the queue."""
     return json_answer(
-        {"task": await _task_row(call, await call.services.tasks.retry(TaskId(call.path["id"])))}
+        {
+            "task": await _task_row(
+                call, await call.services.tasks.retry(call.principal, TaskId(call.path["id"]))
+            )
+        }
     )
 
 
@@ -253,34 +254,43 @@ async def explain(call: Call) -> StreamResponse:
     body = call.json()
     in_force = call.services.policy.policy
     request = parse_request(body, in_force)
+    if request.action is not Action.INFER or "zone" in body or request.model is None:
+        return json_answer(explain_request(in_force, request).as_json())
+    weighed = _weigh(call, request)
+    if weighed:  # without a zone, the question is what would become of a real prompt
+        best = min(weighed, key=lambda why: _RANK[_decision(why.outcome)]).candidate
+        request = replace(request, zone=best.zone, dest=best.dest)
     answer = explain_request(in_force, request).as_json()
-    if request.action is Action.INFER and "zone" not in body and request.model is not None:
-        answer["candidates"] = _weighed(call, request)
+    answer["candidates"] = [_candidate_row(call, why) for why in weighed]
     return json_answer(answer)
 
 
-def _weighed(call: Call, request: Request) -> list[dict[str, object]]:
+_RANK = {"allow": 0, "ask": 1, "deny": 2}
+
+
+def _weigh(call: Call, request: Request) -> list[Why]:
     prompt = Prompt(kind=PromptKind.CHAT, model=request.model or "", params={})
     speaker = Speaker(principal=request.principal, label=request.label, tainted=request.tainted)
-    rows: list[dict[str, object]] = []
-    for why in call.services.prompts.weigh(speaker, prompt):
-        outcome = why.outcome
-        decision = "allow" if isinstance(outcome, Permit) else "ask"
-        if isinstance(outcome, Denied):
-            decision = "deny"
-        rows.append(
-            {
-                "node": call.services.prompts.node.name,
-                "engine": why.candidate.engine,
-                "model": why.candidate.model,
-                "zone": why.candidate.zone.value,
-                "dest": why.candidate.dest,
-                "decision": decision,
-                "rule": outcome.rule,
-                "why": outcome.message if isinstance(outcome, Denied) else "",
-            }
-        )
-    return rows
+    return call.services.prompts.weigh(speaker, prompt)
+
+
+def _decision(outcome: Permit | Denied | NeedsApproval) -> str:
+    if isinstance(outcome, Permit):
+        return "allow"
+    return "deny" if isinstance(outcome, Denied) else "ask"
+
+
+def _candidate_row(call: Call, why: Why) -> dict[str, object]:
+    return {
+        "node": call.services.prompts.node.name,
+        "engine": why.candidate.engine,
+        "model": why.candidate.model,
+        "zone": why.candidate.zone.value,
+        "dest": why.candidate.dest,
+        "decision": _decision(why.outcome),
+        "rule": why.outcome.rule,
+        "why": why.outcome.message if isinstance(why.outcome, Denied) else "",
+    }
 
 
 # --- receipts ----------------------------------------------------------------------------------
@@ -361,16 +371,12 @@ async def _task_row(call: Call, task: Task) -> dict[str, object]:
 
 async def _deleted(call: Call, task: Task) -> list[str]:
     """Find which files the final attempt deleted; its `changes` event is among the last ones."""
-    after = 0
+    last = await call.services.task_store.events(task.id, after=0, limit=_PAGE, last=_LAST_EVENTS)
     found: list[str] = []
-    while rows := await call.services.task_store.events(task.id, after=after, limit=_PAGE):
-        for row in rows:
-            if row.kind == "changes" and row.attempt == task.attempt:
-                files = row.data.get("files")
-                found = (
-                    [f["path"] for f in files if f["kind"] == "deleted"] if isinstance(files, list) else []
-                )
-        after = rows[-1].seq
+    for row in last:
+        files = row.data.get("files")
+        if row.kind == "changes" and row.attempt == task.attempt and isinstance(files, list):
+            found = [file["path"] for file in files if file["kind"] == "deleted"]
     return found
 
 

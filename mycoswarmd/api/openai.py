@@ -5,6 +5,7 @@ Errors before the first byte are HTTP errors; after it, an error event in the st
 Source: the OpenAI API reference, "Chat", "Completions", "Embeddings", "Models".
 """
 
+import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 
@@ -28,6 +29,8 @@ from mycoswarmd.wire.prompt import Prompt
 LABEL_HEADER = "X-Mycoswarm-Label"
 # A label is a short word of the policy; anything longer is a mistake or an attack.
 _LABEL_CHARS = 64
+# A person who scrolls back still reads; a program that does not read for this long never will.
+_UNREAD_S = 60.0
 
 
 async def models(call: Call) -> StreamResponse:
@@ -95,15 +98,24 @@ async def _stream(call: Call, routed: Routed, encoder: ChunkEncoder) -> StreamRe
         )
         await response.prepare(call.request)
         try:
-            await response.write(encoder.encode(first))
+            await send(response, encoder.encode(first))
             async for delta in deltas:
                 if piece := encoder.encode(delta):
-                    await response.write(piece)
-            await response.write(encoder.done())
+                    await send(response, piece)
+            await send(response, encoder.done())
         except MycoswarmError as exc:
-            await response.write(b"data: " + encode_error(exc) + b"\n\n")
+            await send(response, b"data: " + encode_error(exc) + b"\n\n")
         await response.write_eof()
         return response
+
+
+async def send(response: StreamResponse, piece: bytes) -> None:
+    """Write a piece; a client that does not read for a minute loses its connection."""
+    try:
+        async with asyncio.timeout(_UNREAD_S):
+            await response.write(piece)
+    except TimeoutError as exc:
+        raise ConnectionResetError from exc
 
 
 def _headers(call: Call, routed: Routed) -> dict[str, str]:

@@ -4,7 +4,7 @@ Law: a route that is not here does not exist; a route whose `gate` is a policy a
 before the policy has allowed that action for the caller. `{name}` matches one path segment.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -27,10 +27,11 @@ class Gate(StrEnum):
     OPEN = "open"  # says only what a denied caller may know
     INSIDE = "inside"  # the handler decides, per prompt or per task
     ADMIN = "admin"  # action `admin`
+    SOME_TASK = "some-task"  # whoever may post some task
     OWN_TASK = "own-task"  # the task's submitter, or action `admin`
 
 
-Handler = Callable[[Call], Awaitable[StreamResponse]]
+Handler = Callable[[Call], Coroutine[None, None, StreamResponse]]
 
 # Longest conversations in practice are a few MB (a 1M-token context is about 4 MB of text).
 PROMPT_BODY_BYTES = 8 << 20
@@ -50,6 +51,11 @@ class Route:
     body_bytes: int
     handler: Handler
 
+    @property
+    def runs_to_its_end(self) -> bool:
+        """Tell whether the handler goes on when its caller has gone away."""
+        return self.method != "GET" and self.knock is Knock.LOCAL
+
 
 # fmt: off
 ROUTES: tuple[Route, ...] = (
@@ -60,7 +66,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET",    "/api/status",                  Knock.LOCAL, Gate.OPEN,     0,                 control.status),
     Route("GET",    "/api/models",                  Knock.LOCAL, Gate.OPEN,     0,                 control.models),
     Route("GET",    "/api/doctor",                  Knock.LOCAL, Gate.ADMIN,    0,                 control.doctor),
-    Route("PUT",    "/api/blobs/{sha256}",          Knock.LOCAL, Gate.INSIDE,   BLOB_BODY_BYTES,   control.put_blob),
+    Route("PUT",    "/api/blobs/{sha256}",          Knock.LOCAL, Gate.SOME_TASK, BLOB_BODY_BYTES,   control.put_blob),
     Route("POST",   "/api/tasks",                   Knock.LOCAL, Gate.INSIDE,   PROMPT_BODY_BYTES, control.submit),
     Route("GET",    "/api/tasks",                   Knock.LOCAL, Gate.INSIDE,   0,                 control.tasks),
     Route("GET",    "/api/tasks/{id}",              Knock.LOCAL, Gate.OWN_TASK, 0,                 control.task),

@@ -8,6 +8,7 @@ policy may declare.
 import ipaddress
 import os
 import platform
+import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -203,7 +204,7 @@ def parse_listen(text: str, where: str = "--listen") -> tuple[str, int] | None:
         is_loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_loopback = False
-    if not is_loopback or not port.isascii() or not port.isdigit() or not 0 <= int(port[:6]) <= 65535:
+    if not is_loopback or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
         raise _invalid(where, "listen", f"must be a loopback HOST:PORT, such as 127.0.0.1:7436, not {text!r}")
     return host, int(port)
 
@@ -243,7 +244,10 @@ def _policy_beside(state_dir: Path, *, is_own: bool) -> Path:
 
 def _read(path: Path) -> tuple[Mapping[str, object], str]:
     try:
-        with path.open("rb") as file:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError("config-unreadable", f"cannot read settings {str(path)!r}: not a file")
             data = file.read(_MAX_FILE_BYTES + 1)
     except OSError as exc:
         raise ConfigError("config-unreadable", f"cannot read settings {str(path)!r}: {exc.strerror}") from exc

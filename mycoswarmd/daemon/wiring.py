@@ -11,6 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from mycoswarmd.api.access import Doorman, Listener
@@ -24,6 +25,7 @@ from mycoswarmd.daemon.settings import EngineSetting, Settings
 from mycoswarmd.engines.llamacpp import ManagedLlama
 from mycoswarmd.engines.ollama import OllamaEngine
 from mycoswarmd.engines.openai_http import OpenAIEngine
+from mycoswarmd.errors import ConfigError
 from mycoswarmd.flow.approve import ApprovalDesk, ApprovalTimes
 from mycoswarmd.flow.ports import Engine
 from mycoswarmd.flow.prompt import Node, Prompts
@@ -137,13 +139,14 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
     """Run a node while the context lasts; it is ready when the context is entered."""
     clock, entropy = SystemClock(), SystemEntropy()
     for directory in (settings.state_dir, settings.runtime_dir, settings.models_dir, settings.engine_dir):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_directory(directory)
     async with AsyncExitStack() as stack:
         db = Database(settings.state_dir / "mycoswarm.db")
         await db.open()
         stack.push_async_callback(db.close)
         receipts = SqliteReceiptLog(db, now_ms=clock.now_ms)
         await receipts.load()
+        stack.push_async_callback(receipts.head)  # at the end, write what nobody waited for
         keeper = await asyncio.to_thread(_open_policy, settings, clock)
         keys = SqliteKeyStore(db, now_ms=clock.now_ms)
         await keys.load()
@@ -226,9 +229,17 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         background |= {f"engine:{engine.name}": engine.run for engine in engines}
         await stack.enter_async_context(_in_background(background))
         await policy_desk.record("started")
+        await stack.enter_async_context(api.begun())
         for sock, listener in _listeners(settings):
             await stack.enter_async_context(api.listening(sock, listener))
         yield policy_desk
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError("bad-directory", f"cannot use directory {str(path)!r}: {exc.strerror}") from exc
 
 
 def make_engines(settings: Settings, keeper: PolicyKeeper, clock: SystemClock) -> list[Engine]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mycoswarmd.core.policy.evaluate import Approval, NeedsApproval, Permit, evaluate
-from mycoswarmd.core.policy.model import Policy
+from mycoswarmd.core.policy.model import Policy, is_person, origins_of
 from mycoswarmd.core.types import Principal, TaskId
 from mycoswarmd.errors import Conflict, Denied, NotFound
 from mycoswarmd.flow.ports import ApprovalRow, ApprovalStore, Clock, Entropy, ReceiptLog
@@ -92,7 +92,7 @@ class ApprovalDesk:
             id=f"a-{self._entropy.token(5)}",
             task_id=task_id,
             what=_bind(needs.what, exact),
-            facts={**facts, "rule": needs.rule, "why": needs.why, "approve_by": needs.approve_by},
+            facts={**facts, "rule": needs.rule, "why": needs.why, "approve_by": list(needs.approve_by)},
             state="pending",
             asked_at_ms=now_ms,
             expires_at_ms=now_ms + lasts_s * 1000,
@@ -139,15 +139,14 @@ class ApprovalDesk:
         Raises Denied when `by` may not answer, NotFound, Conflict("already-decided").
         """
         row = await self._find(reference)
-        if by.agent or by.key or by.node:
-            raise Denied(
-                "not-approver",
-                "cannot approve: agents, API keys and other nodes never may",
-                rule="approval-by-a-person",
-            )
+        if not self._may_answer(row, by):
+            # A stranger learns nothing, not even that there is such a question.
+            raise NotFound("unknown-approval", f"cannot find question {reference[:80]!r}")
         now_ms = self._clock.now_ms()
         if row.state == "pending" and now_ms >= row.expires_at_ms:
             row = await self._expire(row)
+        if row.state != "pending":
+            raise Conflict("already-decided", f"cannot answer question {row.id!r}: it is {row.state}")
         receipt = self._receipts.append(
             "approval",
             {
@@ -168,9 +167,17 @@ class ApprovalDesk:
         self._wake(row.id)
         return row
 
-    def is_waited_for(self, approval_id: str) -> bool:
-        """Tell whether somebody alive waits for this answer."""
-        return approval_id in self._waiters
+    def _may_answer(self, row: ApprovalRow, by: Principal) -> bool:
+        """Tell whether the policy accepts this person's answer; never an agent, a key or a node."""
+        policy, elements = self._policy(), row.facts.get("approve_by")
+        if policy is None or not is_person(by) or not isinstance(elements, list | tuple):
+            return False
+        names = origins_of(policy, by)
+        return all(not names.isdisjoint(str(element).split(" or ")) for element in elements)
+
+    async def is_open(self, task_id: TaskId) -> bool:
+        """Tell whether a task has a question that nobody has answered yet."""
+        return bool(await self._store.pending(task_id=task_id))
 
     async def expire_due(self) -> list[ApprovalRow]:
         """Deny every question whose time is over; return them."""

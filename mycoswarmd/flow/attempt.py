@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.model import AgentProfile, Policy
@@ -40,6 +40,15 @@ _TEXT_BYTES = 4096
 _HOLD_S = 60.0
 # An agent of 60 steps needs a few hundred frames; one that floods would fill the disk with transcript.
 _MAX_FRAMES = 10_000
+# What an agent may say about how it ended; see agent/loop.py and agent/main.py.
+_CODES = frozenset(
+    {"", "agent-crashed", "agent-failed", "agent-looped", "agent-nonsense", "agent-silent", "bad-frame"}
+    | {"bad-request", "bad-workspace", "cancelled", "step-limit", "token-limit", "workspace-too-large"}
+)
+# What a person is asked about is shown whole, or not asked.
+_SHOWN_CHARS = 32_768
+# Paths named in one event; the rest is counted.
+_PATHS_BYTES = 100_000
 # A prompt that no engine takes is asked again this often inside one attempt, before the task goes back.
 _BUSY_TRIES = 5
 
@@ -131,6 +140,7 @@ class Attempt:
     tell: Callable[[], Awaitable[None]]
     tokens: int = 0
     steps: int = 0
+    codes: set[str] = field(default_factory=lambda: set(_CODES))
 
     async def carry_out(self, cages: CageMaker) -> AttemptEnd:
         """Open a cage, hand the task in, serve the agent, return how it ended.
@@ -189,9 +199,9 @@ class Attempt:
             frame = await cage.receive()
             match frame.type:
                 case FrameType.MODEL:
-                    await cage.send(await self._model(frame))
+                    await self._reply(cage, await self._model(frame))
                 case FrameType.TOOL:
-                    await cage.send(await self._tool(frame))
+                    await self._reply(cage, await self._tool(frame))
                 case FrameType.TOOL_DONE:
                     await self._tool_done(frame)
                 case FrameType.NOTE:
@@ -207,6 +217,11 @@ class Attempt:
                 case _:
                     raise CageError("bad-frame", f"cannot go on: the cage sent {frame.type.value!r}")
         raise CageError("agent-flood", f"cannot go on: the agent sent more than {_MAX_FRAMES} frames")
+
+    async def _reply(self, cage: CageSession, answer: Frame) -> None:
+        if answer.type is FrameType.REFUSED:  # a code of ours may come back as the reason of the end
+            self.codes.add(str(answer.body["code"]))
+        await cage.send(answer)
 
     # --- model calls ---------------------------------------------------------------------------
 
@@ -308,7 +323,15 @@ class Attempt:
         return Frame(FrameType.PERMIT, {"id": number, "rule": outcome.rule})
 
     async def _approved(self, needs: NeedsApproval, tool: str, arguments: str) -> Permit:
-        facts = {"action": "tool", "tool": tool, "arguments": _clip(arguments)}
+        if len(arguments) > _SHOWN_CHARS:
+            raise Denied(
+                "too-large-to-approve",
+                f"cannot ask a person about {len(arguments)} characters of arguments: at most {_SHOWN_CHARS}",
+                rule=needs.rule,
+                where=needs.where,
+            )
+        shown = arguments.encode("utf-8", "replace").decode()
+        facts = {"action": "tool", "tool": tool, "arguments": shown}
         row = await self.tools.desk.ask(needs, task_id=self.task.id, facts=facts, exact=arguments)
         if row.state == "pending":
             await self._note("approval", {"id": row.id, "state": "pending", "facts": dict(row.facts)})
@@ -336,7 +359,9 @@ class Attempt:
         await self._note("note", {"text": f"{tool} takes untrusted input: the task is tainted"}, tainted=True)
 
     async def _tool_done(self, frame: Frame) -> None:
-        tool = _clip(get_str(frame.body, "tool", where="tool-done"))[:80]
+        tool = get_str(frame.body, "tool", where="tool-done")
+        if tool not in TOOLS:
+            raise CageError("bad-frame", "cannot go on: the cage reports a tool that does not exist")
         facts: dict[str, object] = {
             "id": get_int(frame.body, "id", where="tool-done"),
             "tool": tool,
@@ -352,7 +377,9 @@ class Attempt:
 
     async def _result(self, frame: Frame, untrusted_changes: bytes) -> AttemptEnd:
         ok = get_str(frame.body, "state", where="result") == TaskState.SUCCEEDED.value
-        code = _clip(get_str(frame.body, "code", where="result"))[:80]
+        code = get_str(frame.body, "code", where="result")
+        if code not in self.codes:  # the code goes into a receipt: no words of the agent's own
+            code = "" if ok else "agent-failed"
         summary = _clip(get_str(frame.body, "summary", where="result"))
         deleted = frame.body.get("deleted")
         paths = (
@@ -367,9 +394,9 @@ class Attempt:
             files = []
         files += [{"path": path, "kind": "deleted", "bytes": 0} for path in paths]
         if files:
-            await self._note("changes", {"files": files[:1000], "count": len(files)})
+            await self._note("changes", {"files": _some(files), "count": len(files)})
         state = TaskState.SUCCEEDED if ok else TaskState.FAILED
-        message = "" if ok else summary
+        message = "" if ok else "the agent gave up; its last words are the summary"
         return AttemptEnd(state, code, message, summary=summary, changes=changes)
 
     async def _note(
@@ -402,6 +429,17 @@ def _refused(number: int, code: str, message: str, *, rule: str = "", is_fatal: 
 def _no(exc: MycoswarmError) -> dict[str, object]:
     rule = exc.rule if isinstance(exc, Denied) else ""
     return {"decision": "deny", "rule": rule, "why": exc.message, "code": exc.code}
+
+
+def _some(files: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return as many as one event holds."""
+    found, left = [], _PATHS_BYTES
+    for file in files:
+        left -= len(str(file["path"]).encode("utf-8", "replace")) + 60
+        if left < 0:
+            break
+        found.append(file)
+    return found
 
 
 def _clip(untrusted: str) -> str:

@@ -239,8 +239,10 @@ class TaskStore(Protocol):
         """Append to the transcript under the fence; raise the label, add steps and tokens."""
         ...
 
-    async def events(self, task_id: TaskId, *, after: int, limit: int) -> Sequence[Event]:
-        """Return events with seq > after, oldest first."""
+    async def events(
+        self, task_id: TaskId, *, after: int, limit: int, last: int | None = None
+    ) -> Sequence[Event]:
+        """Return events with seq > after, oldest first; or the `last` ones."""
         ...
 
     async def recover(self, *, now_ms: int) -> Sequence[Task]:
@@ -289,8 +291,8 @@ class ApprovalStore(Protocol):
 class BlobStore(Protocol):
     """Workspaces and changes, by content."""
 
-    async def put(self, data: bytes) -> str:
-        """Store bytes durably and return their sha256 in hex."""
+    async def put(self, data: bytes, *, expect_sha256: str | None = None) -> str:
+        """Store bytes durably and return their sha256 in hex; BadRequest("wrong-hash") if another is expected."""
         ...
 
     async def get(self, sha256: str) -> bytes:

@@ -198,7 +198,19 @@ class Prompts:
         receipt = self._record(
             speaker, prompt, request, "deny", "no-such-model", self._policy_sha256(), code="model-not-found"
         )
+        self.check_engines_up(prompt.model)
         raise self._model_not_found(prompt, receipt)
+
+    def check_engines_up(self, model: str) -> None:
+        """Raise Unavailable while some engine is not up: it may be the one that serves this name."""
+        away = [e.name for e in self._engines.values() if e.health().state in {"starting", "down"}]
+        if away:
+            raise Unavailable(
+                "engine-down",
+                f"cannot find model {model[:_NAME_SHOWN]!r} now: engine {', '.join(away)} is not up",
+                hint="mycoswarmctl status says why; the model may be there when it is",
+                retry_after_s=5,
+            )
 
     def _model_not_found(self, prompt: Prompt, receipt: Receipt) -> NotFound:
         known = sorted({info.name for info in self.models() if prompt.kind in info.kinds})

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _LOOK_S = 1.0
 # How soon a final state is written again when the disk refused it.
 _AGAIN_S = 1.0
+# Waiting tasks that are looked at in one go; the rest in the next.
+_WAITING_SEEN = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class _Running:
     attempt: int
     scope: asyncio.Timeout | None = None
     interruption: AttemptEnd | None = None
+    is_ending: bool = False  # its end is being written: too late to interrupt
 
     def ended_by(self) -> AttemptEnd | None:
         """Return why somebody ended this attempt, if anybody did."""
@@ -111,8 +114,21 @@ class Tasks:
                 f"cannot use model {spec.model!r}: agent {spec.agent!r} uses {profile.model!r}",
                 where="model",
             )
+        await self._permit(principal, spec)
         if spec.workspace is not None:
             await self._blobs.get(spec.workspace)  # unknown is said now, not when the task runs
+        task, is_new = await self._store.enqueue(
+            spec,
+            task_id=TaskId(f"t-{self._entropy.token(6)}"),
+            now_ms=self._clock.now_ms(),
+            max_open=self._bounds.max_open,
+        )
+        self._work.set()
+        return task, is_new
+
+    async def _permit(self, principal: Principal, spec: TaskSpec) -> None:
+        """Decide whether this task may be posted, with a durable receipt; raise Denied if not."""
+        policy = self._policy()
         request = Request(
             action=Action.TASK,
             principal=principal,
@@ -151,14 +167,6 @@ class Tasks:
             )
             row = await self._desk.wait(row, at_most_s=row.expires_at_ms / 1000)
             self._desk.permit(outcome, row, exact=receipt.id)
-        task, is_new = await self._store.enqueue(
-            spec,
-            task_id=TaskId(f"t-{self._entropy.token(6)}"),
-            now_ms=self._clock.now_ms(),
-            max_open=self._bounds.max_open,
-        )
-        self._work.set()
-        return task, is_new
 
     async def cancel(self, task_id: TaskId) -> Task:
         """End a task that has not ended; its cage and all in it are killed."""
@@ -168,13 +176,18 @@ class Tasks:
         end = AttemptEnd(TaskState.CANCELLED, "cancelled", "cancelled by a person")
         if (running := self._running.get(task_id)) is not None:
             self._interrupt(running, end)
-            await self._until_final(task_id)
-            return await self._store.get(task_id)
+            await self._until_gone(task_id)
+            task = await self._store.get(task_id)
+            if task.state is TaskState.CANCELLED:
+                return task
+            if task.state in FINAL:
+                raise Conflict("already-ended", f"cannot cancel task {task_id!r}: it is {task.state.value}")
         return await self._move(task, end)
 
-    async def retry(self, task_id: TaskId) -> Task:
-        """Put a parked or failed task back into the queue: a person's decision."""
+    async def retry(self, principal: Principal, task_id: TaskId) -> Task:
+        """Put a parked or failed task back into the queue: a person's decision, and the policy's."""
         task = await self._store.get(task_id)
+        await self._permit(principal, task.spec)
         moved = await self._store.move(
             task_id, attempt=task.attempt, to=TaskState.QUEUED, now_ms=self._clock.now_ms(), code="retried"
         )
@@ -230,6 +243,7 @@ class Tasks:
     async def _attempt(self, task: Task, running: _Running) -> None:
         try:
             end = await self._carry_out(task, running)
+            running.is_ending = True
             await self._write_end(task, end)
         except Suspended:
             log.info("task %s waits for approval; its cage is closed", task.id)
@@ -238,7 +252,8 @@ class Tasks:
             end = AttemptEnd(TaskState.FAILED, "internal-error", "an internal error, see the log")
             await self._write_end(task, end)
         finally:
-            del self._running[task.id]
+            if self._running.get(task.id) is running:
+                del self._running[task.id]
             self._work.set()
         await self.tell()
 
@@ -252,6 +267,7 @@ class Tasks:
         speaker = Speaker(
             principal=Principal(agent=profile.name), label=task.label, tainted=task.tainted, task_id=task.id
         )
+        has_begun = False
         try:
             async with asyncio.timeout(self._time_left_s(task, profile.limits.wall_s)) as running.scope:
                 attempt = Attempt(
@@ -268,6 +284,7 @@ class Tasks:
                     clock=self._clock,
                     tell=self.tell,
                 )
+                has_begun = True
                 return await attempt.carry_out(self._cages)
         except TimeoutError:
             if (end := running.ended_by()) is not None:
@@ -280,22 +297,22 @@ class Tasks:
         except MycoswarmError as exc:
             if (end := running.ended_by()) is not None:  # a killed cage says so in its own words
                 return end
-            return self._after_error(task, exc)
+            return self._after_error(task, exc, may_repeat=task.spec.repeatable or not has_begun)
 
-    def _after_error(self, task: Task, exc: MycoswarmError) -> AttemptEnd:
+    def _after_error(self, task: Task, exc: MycoswarmError, *, may_repeat: bool) -> AttemptEnd:
         """Repeat what may be repeated while attempts are left, park what may not."""
         if not exc.retryable:
             return AttemptEnd(TaskState.FAILED, exc.code, exc.message)
-        if not task.spec.repeatable:
+        if not may_repeat:
             return AttemptEnd(TaskState.PARKED, exc.code, exc.message)
-        if tries(task) >= MAX_ATTEMPTS:
-            return AttemptEnd(
-                TaskState.FAILED, exc.code, f"{exc.message}; given up after {tries(task)} attempts"
-            )
+        # An engine that is not up, or a full disk, is not the task's fault: time cures it, however long.
+        is_ours = isinstance(exc, StoreError | Unavailable)
+        if tries(task) >= MAX_ATTEMPTS and not is_ours:
+            message = f"{exc.message}; given up after {tries(task)} attempts"
+            return AttemptEnd(TaskState.FAILED, exc.code, message)
         jitter = int(self._entropy.token(2), 16) / 0xFFFF
-        return AttemptEnd(
-            TaskState.QUEUED, exc.code, exc.message, delay_ms=retry_delay_ms(tries(task), jitter)
-        )
+        delay_ms = retry_delay_ms(min(tries(task), MAX_ATTEMPTS), jitter)
+        return AttemptEnd(TaskState.QUEUED, exc.code, exc.message, delay_ms=delay_ms)
 
     async def _write_end(self, task: Task, end: AttemptEnd) -> None:
         while True:
@@ -323,10 +340,11 @@ class Tasks:
             changes=end.changes,
             not_before_ms=now_ms + end.delay_ms if end.delay_ms else 0,
         )
-        self._receipts.append(
-            "task",
-            {"task": task.id, "attempt": task.attempt, "state": end.state.value, "code": end.code},
-        )
+        body = {"task": task.id, "attempt": task.attempt, "state": end.state.value, "code": end.code}
+        try:
+            self._receipts.append("task", body)
+        except StoreError as exc:  # the move is done and must not be done again
+            log.error("cannot write the receipt of task %s: %s", task.id, exc)  # noqa: TRY400
         await self.tell()
         return moved
 
@@ -339,6 +357,12 @@ class Tasks:
                 await self._write_end(task, end)
         for row in await self._desk.expire_due():
             await self._follow_up(row)
+        # An answer may have come while its cage was closing, or just before a crash: nothing waits
+        # for a question that is no longer open. The new attempt finds the stored answer.
+        for task in await self._store.list(states=frozenset({TaskState.WAITING}), limit=_WAITING_SEEN):
+            if task.id not in self._running and not await self._desk.is_open(task.id):
+                end = AttemptEnd(TaskState.QUEUED, "answered", "the question was answered")
+                await self._write_end(task, end)
 
     async def _follow_up(self, row: ApprovalRow) -> None:
         """Move a task on whose question was answered after its cage was closed."""
@@ -355,11 +379,13 @@ class Tasks:
         self._work.set()
 
     def _interrupt(self, running: _Running, end: AttemptEnd) -> None:
+        if running.interruption is not None or running.is_ending:
+            return  # somebody was first
         running.interruption = end
         if running.scope is not None:
             running.scope.reschedule(asyncio.get_running_loop().time())
 
-    async def _until_final(self, task_id: TaskId) -> None:
+    async def _until_gone(self, task_id: TaskId) -> None:
         while task_id in self._running:
             await self.wait_for_change(_LOOK_S)
 
@@ -380,6 +406,7 @@ class Tasks:
         for name in served:
             if _may_use(wanted, name):
                 return name
+        self._prompts.check_engines_up(wanted or "any")
         raise NotFound(
             "model-not-found",
             f"cannot find a model for agent {task.spec.agent!r}: nothing here matches {wanted!r}",

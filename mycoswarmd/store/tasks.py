@@ -257,18 +257,21 @@ class SqliteTaskStore:
 
         return await self._db.run(write)
 
-    async def events(self, task_id: TaskId, *, after: int, limit: int) -> Sequence[Event]:
-        """Return events with seq > after, oldest first; NotFound("unknown-task")."""
+    async def events(
+        self, task_id: TaskId, *, after: int, limit: int, last: int | None = None
+    ) -> Sequence[Event]:
+        """Return events with seq > after, oldest first, or the `last` ones; NotFound("unknown-task")."""
 
         def select(connection: sqlite3.Connection) -> Sequence[Event]:
             rows = connection.execute(
-                "SELECT seq, at_ms, attempt, kind, data FROM events WHERE task_id = ? AND seq > ?"
-                " ORDER BY seq LIMIT ?",
-                (task_id, after, max(0, min(limit, MAX_LIST))),
+                "SELECT seq, at_ms, attempt, kind, data FROM events WHERE task_id = ? AND seq > ?"  # noqa: S608
+                + (" ORDER BY seq DESC LIMIT ?" if last is not None else " ORDER BY seq LIMIT ?"),
+                (task_id, after, max(0, min(limit if last is None else last, MAX_LIST))),
             ).fetchall()
             if not rows:
                 _get(connection, task_id)
-            return [decode_event(row) for row in rows]
+            found = [decode_event(row) for row in rows]
+            return found if last is None else found[::-1]
 
         return await self._db.read(select)
 

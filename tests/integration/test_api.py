@@ -59,16 +59,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, engine: Upstream, port: int
     write_private(state / "policy.toml", POLICY)
     write_private(state / "mycoswarm.toml", settings(engine))
     with node(state, arguments=("--listen", f"127.0.0.1:{port}")) as running:
-        wait_for_models(running)
+        running.wait_for_models()
         yield running
-
-
-def wait_for_models(running: NodeProcess) -> None:
-    for _ in range(100):
-        if running.call("GET", "/api/models").json["models"]:
-            return
-        time.sleep(0.05)
-    raise AssertionError(running.log())
 
 
 @pytest.fixture(scope="module")

@@ -106,14 +106,6 @@ def prepare(state: Path, engine: Upstream, *, more: str = "") -> Path:
     return state
 
 
-def wait_for_models(daemon: NodeProcess) -> None:
-    for _ in range(100):
-        if daemon.call("GET", "/api/models").json["models"]:
-            return
-        time.sleep(0.05)
-    raise AssertionError(daemon.log())
-
-
 def kinds(daemon: NodeProcess, task_id: str) -> list[str]:
     return [event["kind"] for event in daemon.events(task_id)]
 
@@ -127,7 +119,7 @@ def engine() -> Iterator[Upstream]:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory, engine: Upstream) -> Iterator[NodeProcess]:
     with node(prepare(tmp_path_factory.mktemp("node"), engine)) as running:
-        wait_for_models(running)
+        running.wait_for_models()
         yield running
 
 
@@ -247,14 +239,14 @@ def test_an_approved_edit_happens_and_a_refused_one_does_not(
 def test_an_approval_is_remembered_across_kill_and_restart(tmp_path: Path, engine: Upstream) -> None:
     state = prepare(tmp_path / "node", engine)
     with node(state) as first:
-        wait_for_models(first)
+        first.wait_for_models()
         engine.play(READ, EDIT, FINISH)
         workspace = put(first, {"notes.txt": b"hello world\n"})
         task_id = first.submit("Edit it", model="agent", agent="asker", workspace=workspace)
         first.wait_task(task_id, "waiting")
         first.kill()
     with node(state) as second:
-        wait_for_models(second)
+        second.wait_for_models()
         assert second.task(task_id)["state"] == "waiting"
         engine.play(READ, EDIT, FINISH)
         assert second.call("POST", f"/api/approvals/{task_id}", {"approve": True}).status == 200
@@ -266,7 +258,7 @@ def test_an_approval_is_remembered_across_kill_and_restart(tmp_path: Path, engin
 def test_nobody_answering_is_a_no(tmp_path: Path, engine: Upstream) -> None:
     state = prepare(tmp_path / "node", engine, more='approval_time = "1s"')
     with node(state) as daemon:
-        wait_for_models(daemon)
+        daemon.wait_for_models()
         engine.play(READ, EDIT, FINISH)
         workspace = put(daemon, {"notes.txt": b"hello world\n"})
         task_id = daemon.submit("Edit it", model="agent", agent="asker", workspace=workspace)
@@ -343,7 +335,7 @@ def test_a_full_queue_says_so(tmp_path: Path, engine: Upstream) -> None:
 
 def test_urgent_tasks_go_first(tmp_path: Path, engine: Upstream) -> None:
     with node(prepare(tmp_path / "node", engine, more="task_slots = 1")) as daemon:
-        wait_for_models(daemon)
+        daemon.wait_for_models()
         engine.play(FINISH, pause_s=0.2)
         first = daemon.submit("first", model="agent")
         late = [daemon.submit(f"p{priority}", model="agent", priority=priority) for priority in (9, 5, 0)]
@@ -362,7 +354,7 @@ def test_urgent_tasks_go_first(tmp_path: Path, engine: Upstream) -> None:
 def test_a_task_survives_kill_9_in_the_middle_and_ends_once(tmp_path: Path, engine: Upstream) -> None:
     state = prepare(tmp_path / "node", engine)
     with node(state) as daemon:
-        wait_for_models(daemon)
+        daemon.wait_for_models()
         workspace = put(daemon, {"notes.txt": b"hello\n"})
         engine.play(READ, WRITE, FINISH, pause_s=0.4)
         task_id = daemon.submit("Summarise", model="agent", workspace=workspace)
@@ -377,7 +369,7 @@ def test_a_task_survives_kill_9_in_the_middle_and_ends_once(tmp_path: Path, engi
         assert gone_within(cages, 5)
     engine.play(READ, WRITE, FINISH)
     with node(state) as daemon:
-        wait_for_models(daemon)
+        daemon.wait_for_models()
         task = daemon.wait_task(task_id, *STATES)
         assert (task["state"], task["attempt"]) == ("succeeded", 2), daemon.events(task_id)
         finals = [e for e in daemon.events(task_id) if e["kind"] == "state" and e["data"]["to"] in STATES]

@@ -1,0 +1,460 @@
+"""Starting, stopping and dying: what a person is told, and what is still there afterwards."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from mycoswarmd.wire.workspace import Entry, EntryKind, write_workspace
+from tests.nodes import NodeProcess, free_port, node, write_private
+from tests.upstream import Upstream, upstream
+
+POLICY = """
+schema = 1
+name = "test"
+[agents.scribe]
+model = "*"
+[[rule]]
+id = "all"
+why = "the owner does everything here"
+effect = "allow"
+action = ["infer", "task", "admin"]
+zone = ["self"]
+"""
+ROOT = Path(__file__).parents[2]
+FINISH = ("finish", {"summary": "done"})
+FINAL = ("succeeded", "failed", "cancelled", "expired", "parked")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Upstream]:
+    with upstream() as running:
+        yield running
+
+
+@pytest.fixture
+def state(tmp_path: Path, engine: Upstream) -> Path:
+    directory = tmp_path / "node"
+    write_private(directory / "policy.toml", POLICY)
+    text = f'managed_engine = false\n[engines.up]\nkind = "openai"\nurl = "{engine.url}"\n'
+    write_private(directory / "mycoswarm.toml", text)
+    return directory
+
+
+def refuses_to_start(state: Path, *arguments: str) -> str:
+    """Start a daemon that must not start, and return what it said."""
+    daemon = NodeProcess(state, arguments=arguments or ("--no-listen",))
+    daemon.start(wait=False)
+    assert daemon.wait_exit() == 1
+    said = daemon.log()
+    assert "Traceback" not in said
+    assert "mycoswarmd: cannot" in said
+    return said
+
+
+def test_a_node_is_ready_soon_and_stops_cleanly(state: Path) -> None:
+    daemon = NodeProcess(state)
+    daemon.start()
+    assert daemon.call("GET", "/api/status").json["state"] in {"green", "yellow"}
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log()
+
+
+def test_everything_that_the_node_keeps_is_private(state: Path) -> None:
+    with node(state) as daemon:
+        daemon.submit("x", model="ok")
+        for path in (state / "mycoswarm.db", state / "policy", state / "blobs"):
+            if path.exists():
+                assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_damaged_database_is_said_and_left_alone(state: Path) -> None:
+    with node(state):
+        pass
+    database = state / "mycoswarm.db"
+    data = bytearray(database.read_bytes())
+    data[100:4000] = os.urandom(3900)
+    database.write_bytes(data)
+    assert "store-corrupt" in refuses_to_start(state)
+    assert database.read_bytes() == bytes(data)
+
+
+def test_bad_settings_are_said(state: Path) -> None:
+    write_private(state / "mycoswarm.toml", "task_slots = 0")
+    said = refuses_to_start(state)
+    assert "task_slots" in said
+    assert "config-invalid" in said
+
+
+def test_a_taken_port_is_said(state: Path) -> None:
+    port = free_port()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", port))
+        sock.listen()
+        assert "port-taken" in refuses_to_start(state, "--listen", f"127.0.0.1:{port}")
+
+
+def test_a_listener_on_the_network_is_refused(state: Path) -> None:
+    assert "loopback" in refuses_to_start(state, "--listen", "0.0.0.0:7436")
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_said(tmp_path: Path, state: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    shutil.copytree(state, long)
+    assert "socket-path-too-long" in refuses_to_start(long)
+
+
+def test_a_broken_policy_denies_everything_but_status(state: Path) -> None:
+    write_private(state / "policy.toml", POLICY.replace("effect", "efect"))
+    with node(state) as daemon:
+        status = daemon.call("GET", "/api/status").json
+        assert status["state"] == "red"
+        assert "policy.toml" in status["policy"]["problem"]
+        body = {"model": "ok", "messages": [{"role": "user", "content": "hi"}]}
+        answer = daemon.call("POST", "/v1/chat/completions", body)
+        assert (answer.status, answer.json["error"]["rule"]) == (403, "no-policy")
+        assert daemon.call("GET", "/api/receipts?last=1").status == 403
+        assert daemon.call("POST", "/api/tasks", {"prompt": "x", "agent": "scribe"}).status == 403
+
+
+def test_a_failed_reload_keeps_the_policy_and_turns_status_yellow(state: Path) -> None:
+    body = {"model": "ok", "messages": [{"role": "user", "content": "hi"}]}
+    with node(state) as daemon:
+        daemon.wait_for_models()
+        for text in (POLICY.replace("effect", "efect"), "x" * 1_000_000, "\0"):
+            write_private(state / "policy.toml", text)
+            answer = daemon.call("POST", "/api/policy/reload", {})
+            assert (answer.status, answer.json["error"]["code"]) == (403, "policy-invalid")
+            assert answer.json["error"]["problems"][0]["line"] >= 1
+        (state / "policy.toml").unlink()
+        assert daemon.call("POST", "/api/policy/reload", {}).status == 403
+        assert daemon.call("GET", "/api/status").json["state"] == "yellow"
+        assert daemon.call("POST", "/v1/chat/completions", body).status == 200
+        write_private(state / "policy.toml", POLICY.replace('"infer", ', ""))
+        changed = daemon.call("POST", "/api/policy/reload", {}).json["changed"]
+        assert any("infer" in line for line in changed)
+        assert daemon.call("POST", "/v1/chat/completions", body).status == 403
+        kinds = [row["kind"] for row in daemon.call("GET", "/api/receipts?last=20").json["receipts"]]
+        assert "policy" in kinds
+
+
+def test_a_signal_reloads_the_policy(state: Path) -> None:
+    with node(state) as daemon:
+        before = daemon.call("GET", "/api/status").json["policy"]["sha256"]
+        write_private(state / "policy.toml", POLICY + "\n# changed\n")
+        os.kill(daemon.pid, 1)
+        for _ in range(100):
+            if daemon.call("GET", "/api/status").json["policy"]["sha256"] != before:
+                return
+            time.sleep(0.05)
+        raise AssertionError(daemon.log())
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="mounting a small disk needs root")
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path: Path, engine: Upstream) -> None:
+    state = tmp_path / "node"
+    state.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=0700", "none", state], check=True)
+    try:
+        write_private(state / "policy.toml", POLICY)
+        text = f'managed_engine = false\n[engines.up]\nkind = "openai"\nurl = "{engine.url}"\n'
+        write_private(state / "mycoswarm.toml", text)
+        daemon = NodeProcess(state)
+        daemon.log_path = tmp_path / "log"
+        daemon.start()
+        try:
+            daemon.wait_for_models()
+            engine.play(FINISH)
+            first = daemon.submit("before", model="agent")
+            daemon.wait_task(first, "succeeded")
+            filler = state / "filler"
+            fd = os.open(filler, os.O_WRONLY | os.O_CREAT)
+            with contextlib.suppress(OSError):
+                while os.write(fd, bytes(4096)):
+                    pass
+            os.close(fd)
+            refused = False
+            for _ in range(200):
+                answer = daemon.call("POST", "/api/tasks", {"prompt": "x" * 5000, "agent": "scribe"})
+                if answer.status == 503:
+                    refused = True
+                    assert answer.json["error"]["code"] in {"disk-full", "receipts-unwritable"}
+                    break
+            assert refused
+            filler.unlink()
+            time.sleep(1.5)
+            engine.play(FINISH)
+            last = daemon.submit("after", model="agent")
+            daemon.wait_task(last, "succeeded", within_s=60)
+            assert daemon.task(first)["state"] == "succeeded"
+            assert daemon.call("POST", "/api/receipts/verify", {}).json["ok"]
+            assert "Traceback" not in daemon.log()
+        finally:
+            daemon.stop()
+    finally:
+        subprocess.run(["umount", state], check=True)
+
+
+@pytest.mark.timeout(240)
+def test_kill_9_at_each_sync_loses_nothing_acknowledged(state: Path, engine: Upstream) -> None:
+    engine.play(FINISH)
+    acknowledged: list[str] = []
+    killed = 0
+    for number in range(1, 17):
+        daemon = NodeProcess(state)
+        inject = f"inject=fsync,fdatasync:signal=SIGKILL:when={number}"
+        daemon.start(
+            prefix=(
+                "strace",
+                "-D",
+                "-f",
+                "-qq",
+                "-o",
+                "/dev/null",
+                "-e",
+                "trace=fsync,fdatasync",
+                "-e",
+                inject,
+            ),
+            wait=False,
+        )
+        acknowledged += submit_until_dead(daemon, f"n{number}")
+        try:
+            daemon.wait_exit(0.2)
+            killed += 1
+        except subprocess.TimeoutExpired:
+            daemon.stop()
+    assert killed >= 10
+    with node(state) as daemon:
+        daemon.wait_for_models()
+        for task_id in acknowledged:
+            daemon.wait_task(task_id, *FINAL, within_s=60)
+            finals = [e for e in daemon.events(task_id) if e["kind"] == "state" and e["data"]["to"] in FINAL]
+            assert len(finals) == 1, daemon.events(task_id)
+        assert daemon.call("POST", "/api/receipts/verify", {}).json["ok"]
+
+
+def submit_until_dead(daemon: NodeProcess, name: str) -> list[str]:
+    """Submit a few tasks to a daemon that will be killed; return those that were acknowledged."""
+    found = []
+    give_up_s = time.monotonic() + 6
+    number = 0
+    while time.monotonic() < give_up_s and number < 4:
+        try:
+            body = {"prompt": "x", "agent": "scribe", "model": "agent", "idempotency_key": f"{name}-{number}"}
+            answer = daemon.call("POST", "/api/tasks", body, timeout_s=5)
+        except OSError:
+            if not daemon.is_running():
+                break
+            time.sleep(0.05)
+            continue
+        if answer.status in {200, 202}:
+            found.append(str(answer.json["task"]["id"]))
+        number += 1
+    time.sleep(0.3)
+    return found
+
+
+# --- what a hostile or hasty caller does ---------------------------------------------------------
+
+
+def test_receipts_that_were_handed_out_survive_a_stop(state: Path) -> None:
+    body = {"model": "ok", "messages": [{"role": "user", "content": "hi"}]}
+    daemon = NodeProcess(state)
+    daemon.start()
+    daemon.wait_for_models()
+    handed_out = [
+        daemon.call("POST", "/v1/chat/completions", body).headers["X-Mycoswarm-Receipt"] for _ in range(5)
+    ]
+    assert daemon.stop() == 0
+    with node(state) as again:
+        for receipt in handed_out:
+            assert again.call("GET", f"/api/receipts/{receipt}").status == 200
+        assert again.call("POST", "/api/receipts/verify", {}).json["ok"]
+
+
+def raw(daemon: NodeProcess, request: bytes, *, read: bool = True) -> bytes:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(daemon.socket))
+        sock.sendall(request)
+        return sock.recv(4096) if read else b""
+
+
+def test_a_malformed_body_is_refused_and_not_logged(state: Path) -> None:
+    marker = b"MARKER-55aa-otter"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    with node(state) as daemon:
+        raw(daemon, head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n" + marker + b"\r\nzz\r\n" + marker)
+        packed = raw(daemon, head + b"Content-Encoding: gzip\r\nContent-Length: 17\r\n\r\n" + marker)
+        assert b" 415 " in packed.split(b"\r\n")[0]
+        raw(daemon, b"GARBAGE " + marker + b"\r\n\r\n")
+        assert daemon.is_answering()
+        assert marker.decode() not in daemon.log()
+        assert "Traceback" not in daemon.log()
+
+
+def test_four_cancels_at_once_are_one(state: Path) -> None:
+    with node(state) as daemon:
+        daemon.wait_for_models()
+        task_id = daemon.submit("Wait", model="silent")
+        daemon.wait_task(task_id, "running")
+        request = (
+            f"POST /api/tasks/{task_id}/cancel HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
+        )
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: raw(daemon, request), range(4)))
+        codes = sorted(answer[9:12] for answer in answers)
+        assert set(codes) <= {b"200", b"409"}
+        assert b"200" in codes
+        assert daemon.task(task_id)["state"] == "cancelled"
+        assert "Traceback" not in daemon.log()
+
+
+def test_an_engine_that_is_down_does_not_drain_the_queue(state: Path) -> None:
+    port = free_port()
+    text = f'managed_engine = false\n[engines.up]\nkind = "openai"\nurl = "http://127.0.0.1:{port}"\n'
+    write_private(state / "mycoswarm.toml", text)
+    with node(state) as daemon:
+        task_id = daemon.submit("Later", model="agent")
+        time.sleep(2.5)
+        assert daemon.task(task_id)["state"] in {"queued", "running"}
+
+
+@pytest.mark.parametrize("state_path", ["/proc/nope", "FILE"])
+def test_a_state_directory_that_cannot_be_is_said(tmp_path: Path, state_path: str) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    target = path if state_path == "FILE" else Path(state_path)
+    daemon = NodeProcess(target)
+    daemon.log_path = tmp_path / "log"
+    daemon.start(wait=False)
+    assert daemon.wait_exit() == 1
+    assert "Traceback" not in daemon.log()
+    assert "mycoswarmd: cannot" in daemon.log()
+
+
+def test_settings_that_are_a_fifo_do_not_hang_the_start(state: Path) -> None:
+    (state / "mycoswarm.toml").unlink()
+    os.mkfifo(state / "mycoswarm.toml")
+    assert "config-unreadable" in refuses_to_start(state)
+
+
+STRANGER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, ".")
+from tests.nodes import UnixConnection
+answers = []
+for method, path, body in CALLS:
+    connection = UnixConnection(Path(sys.argv[1]))
+    connection.request(method, path, body or None)
+    response = connection.getresponse()
+    answers.append((response.status, response.read().decode()))
+print(json.dumps(answers))
+"""
+ASKING = """
+schema = 1
+name = "asking"
+[tools.fs_edit]
+[tools.fs_read]
+[agents.scribe]
+model = "*"
+tools = ["fs_edit", "fs_read"]
+paths = { read = ["."], write = ["."] }
+[[rule]]
+id = "here"
+why = "prompts are answered here"
+effect = "allow"
+action = ["infer"]
+zone = ["self"]
+[[rule]]
+id = "owner"
+why = "the owner does everything here"
+effect = "allow"
+action = ["task", "admin"]
+origin = ["owner"]
+[[rule]]
+id = "read"
+why = "reading is fine"
+effect = "allow"
+action = "tool"
+tool = ["fs_read"]
+[[rule]]
+id = "edits"
+why = "a person looks"
+effect = "ask"
+action = "tool"
+tool = ["fs_edit"]
+"""
+
+
+def waiting_task(daemon: NodeProcess, engine: Upstream) -> str:
+    daemon.wait_for_models()
+    engine.play(
+        ("fs_read", {"path": "a.txt"}), ("fs_edit", {"path": "a.txt", "old": "a", "new": "b"}), FINISH
+    )
+    data = write_workspace((Entry(path="a.txt", kind=EntryKind.FILE, data=b"aha\n"),))
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert daemon.call("PUT", f"/api/blobs/{sha256}", data).status == 200
+    task_id = daemon.submit("Edit", model="agent", workspace=sha256)
+    daemon.wait_task(task_id, "waiting")
+    return task_id
+
+
+def test_an_answer_whose_sender_has_gone_still_counts(state: Path, engine: Upstream) -> None:
+    write_private(state / "policy.toml", ASKING)
+    with node(state) as daemon:
+        for delay_s in (0.0, 0.002, 0.005, 0.01):
+            task_id = waiting_task(daemon, engine)
+            body = b'{"approve": true}'
+            head = f"POST /api/approvals/{task_id} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(daemon.socket))
+                sock.sendall(head.encode() + body)
+                time.sleep(delay_s)
+            assert daemon.wait_task(task_id, *FINAL)["state"] == "succeeded", daemon.events(task_id)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="becoming another user needs root")
+def test_another_user_of_the_machine_sees_and_answers_nothing(state: Path, engine: Upstream) -> None:
+    write_private(state / "policy.toml", ASKING)
+    with node(state) as daemon:
+        task_id = waiting_task(daemon, engine)
+        for directory in (*list(state.parents)[:-2], state, daemon.socket.parent):
+            if directory.stat().st_uid == os.geteuid() and str(directory).startswith("/tmp/"):
+                directory.chmod(0o755)
+        calls = [
+            ("POST", f"/api/approvals/{task_id}", '{"approve": true}'),
+            ("GET", f"/api/tasks/{task_id}", ""),
+            ("GET", "/api/approvals", ""),
+            ("GET", "/api/receipts", ""),
+            ("PUT", f"/api/blobs/{'0' * 64}", "x" * 100),
+            ("POST", "/api/keys", '{"name": "mine"}'),
+        ]
+        script = STRANGER.replace("CALLS", repr(calls))
+        command = [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            "/usr/bin/python3",
+            "-c",
+            script,
+        ]
+        done = subprocess.run([*command, str(daemon.socket)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout)
+        assert [status for status, _ in answers] == [404, 403, 403, 403, 403, 403], answers
+        assert not any("a.txt" in text for _, text in answers)
+        assert daemon.call("POST", f"/api/approvals/{task_id}", {"approve": True}).status == 200
+        daemon.wait_task(task_id, "succeeded")
