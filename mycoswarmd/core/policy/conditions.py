@@ -4,6 +4,7 @@ Source: design, policy language, point 5. `model`, `node` and `tag` take shell g
 over a command line and no regular expression.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -16,6 +17,9 @@ from mycoswarmd.core.types import Action, SandboxLevel, Start, Zone
 from mycoswarmd.core.units import parse_duration_s, parse_hours
 
 _WEB: Final = "web:"
+# A host that a tool may reach, or all below one: docs.python.org, *.python.org. No other globs, and room
+# for one more label, so that a proof can name a host for each.
+HOSTS: Final = re.compile(r"(?=.{1,200}\Z)(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,9 @@ def _dests(reader: Reader, value: object, at: Path, names: Names) -> object:
                 reader.fault(
                     at, f"cannot use {word!r} for dest: it is not declared", near(word, names.destinations)
                 )
+        elif not HOSTS.fullmatch(host):
+            hint = "accepted: web:docs.python.org or web:*.python.org"
+            reader.fault(at, f"cannot use {word!r} for dest: it is not a host", hint)
         elif fetch is None or not (host in fetch.hosts or fetch.reaches(host.replace("*", "any", 1))):
             hosts = [f"{_WEB}{one}" for one in fetch.hosts] if fetch is not None else []
             reader.fault(at, f"cannot use {word!r} for dest: web_fetch may not reach it", near(word, hosts))

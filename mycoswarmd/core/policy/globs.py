@@ -6,12 +6,17 @@ yes, `gpt-*` with `qwen*` no. Source: Baeza-Yates and Gonnet, "A new approach to
 """
 
 import re
+import string
+import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Final
 
 # One element of a glob, as fnmatch divides it: a star, a bracket set, or one character (`?` included).
 _ELEMENT: Final = re.compile(r"\*+|\[!?+\]?+[^\]]*\]|.", re.DOTALL)
+# What a name that no glob spells out is made of: one of these looks like a name.
+_LETTERS: Final = f"xyz{string.ascii_letters}{string.digits}"
 # More states than this come only from globs with many stars each; refused rather than waited for.
 MAX_STATES: Final = 20_000
 
@@ -21,7 +26,7 @@ class TooManyGlobs(ValueError):
 
 
 def shortest_names(globs: Sequence[str]) -> list[str]:
-    """Return one shortest non-empty name for each combination of the globs that some name matches."""
+    """Return one shortest name for each combination of the globs; the empty one only if no other has it."""
     step = _Automaton(globs)
     names = {step.start: ""}
     signatures: dict[int, str] = {}
@@ -35,6 +40,7 @@ def shortest_names(globs: Sequence[str]) -> list[str]:
                     raise TooManyGlobs(f"more than {MAX_STATES} combinations of {len(globs)} globs")
                 names[following] = names[state] + char
                 queue.append(following)
+    signatures.setdefault(step.start & step.accepting, "")
     return list(signatures.values())
 
 
@@ -69,17 +75,15 @@ class _Automaton:
 def _alphabet(elements: Sequence[str]) -> list[str]:
     """Return characters that tell all elements apart: those written, and a few that are not."""
     written = {char for one in elements for char in one if one not in {"*", "?"}}
-    # A bracket set such as [a-f] also tells apart what lies beside its ends.
+    # With a bracket set such as [1-5], what lies between two written characters differs from both, and
+    # begins right after one of them: with 1, 2, 4 and 5 written elsewhere, only 3 tells the set apart.
+    has_sets = any(len(one) > 1 for one in elements)
     beside = {
         chr(ord(char) + by)
-        for one in elements
-        if len(one) > 1
-        for char in one
+        for char in written
         for by in (-1, 1)
-        if 32 < ord(char) + by < 127
+        if has_sets and 0 < ord(char) + by <= sys.maxunicode
     }
-    other = next(
-        char for char in "xyzabcdefghijklmnopqrstuvwXYZ0123456789~^|\u00e9\u00ff" if char not in written
-    )
+    other = next(char for char in chain(_LETTERS, map(chr, range(0x100, 0x20000))) if char not in written)
     # Letters and digits first, so that the names that people see look like names.
     return sorted(written | beside | {other}, key=lambda char: (not char.isalnum(), char))

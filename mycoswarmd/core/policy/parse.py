@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from mycoswarmd.core.policy.conditions import Names, read_conditions
+from mycoswarmd.core.policy.conditions import HOSTS, Names, read_conditions
 from mycoswarmd.core.policy.evaluate import BUILT_IN
 from mycoswarmd.core.policy.lines import Path, scan_lines
 from mycoswarmd.core.policy.model import (
@@ -45,7 +45,6 @@ _TOP: Final = (
 _RULE: Final = ("id", "why", "effect", "always", "limit", "approve_by", "log")
 _AT_LINE: Final = re.compile(r"\(at line (\d+), column \d+\)")
 _URL: Final = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+(?:/[A-Za-z0-9._~/-]*)?")
-_HOSTS: Final = re.compile(r"(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*")
 _LIMITS: Final[Mapping[str, tuple[str, Callable[[str], int] | None]]] = {
     "wall": ("wall_s", parse_duration_s),
     "memory": ("memory_bytes", parse_size_bytes),
@@ -256,14 +255,14 @@ class _Parser:
                 )
             elif resolved not in programs:
                 programs.append(resolved)
-            if is_interpreter(resolved or program):
+            if is_interpreter(program) or is_interpreter(resolved or ""):
                 self._warn(
                     (*at, "programs"),
                     f"program {program!r} runs whatever it is given: allowing it allows any code in the cage",
                 )
         hosts = reader.words(table["hosts"], (*at, "hosts")) if "hosts" in table else ()
         for host in hosts:
-            if not _HOSTS.fullmatch(host):
+            if not HOSTS.fullmatch(host):
                 reader.fault(
                     (*at, "hosts"), f"cannot use host {host!r}", "accepted: docs.python.org or *.python.org"
                 )

@@ -168,6 +168,8 @@ def _principal(value: object, policy: Policy | None) -> Principal:
     texts = [*named.values(), *(groups if isinstance(groups, list) else [None])]
     if not all(isinstance(text, str) for text in texts) or not isinstance(is_owner, bool):
         raise _bad("origin", "its values are not words")
+    if len(named) + bool(groups and "user" not in named) > 1:
+        raise _bad("origin", "a speaker is one of user, key, node and agent; only a user is in groups")
     return Principal(is_owner=is_owner, groups=frozenset(groups), **named)
 
 

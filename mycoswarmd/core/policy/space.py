@@ -19,6 +19,7 @@ from mycoswarmd.core.policy.tools import TOOLS
 from mycoswarmd.core.types import Action, Principal, Request, Start, Zone
 
 SHAPED: Final = ("zone", "dest", "tool", "agent", "start")
+_MANY: Final = frozenset({"origin", "model", "node", "tag"})
 # Enumerated in seconds. A file beyond this is not one that a person understands either.
 MAX_POINTS: Final = 5_000_000
 
@@ -44,7 +45,9 @@ class Space:
 
     def __init__(self, policy: Policy, table: Table) -> None:
         self._table = table
-        self._naming = {name: table.naming(name) for name in table.columns}
+        # Those with few classes first: they leave fewer rows for the others to tell apart.
+        names = sorted(table.columns, key=lambda name: name in _MANY)
+        self._naming = {name: table.naming(name) for name in names}
         self._parts_of: dict[tuple[object, ...], Part] = {}
         self.shapes = list(_shapes(policy))
         self._masks = [self._shape_mask(shape) for shape in self.shapes]
@@ -52,21 +55,20 @@ class Space:
 
     def find(self, wanted: Wanted) -> Request | None:
         """Return a request as wanted, or None when there is none in the whole space."""
-        for shape, mask in self._in_question(wanted):
-            kept = mask & (wanted.every | wanted.some | wanted.none)
-            parts = [_best(part, wanted) for part in self.parts(shape, kept, wanted.every)]
+        for shape, rows in self._in_question(wanted):
+            parts = [_best(part, wanted) for part in self.parts(shape, rows, wanted.every)]
             # Forbidding rows that no later part can exclude end the search below them.
-            settled = [kept & wanted.none] * (len(parts) + 1)
+            settled = [rows & wanted.none] * (len(parts) + 1)
             for depth in range(len(parts) - 1, -1, -1):
                 settled[depth] = settled[depth + 1] & _always(parts[depth])
-            if (found := _search(parts, 0, kept, shape, wanted, settled)) is not None:
+            if (found := _search(parts, 0, rows, shape, wanted, settled)) is not None:
                 return found
         return None
 
     def size(self, wanted: Wanted) -> int:
         """Count the points that match all of `every`, told apart as far as the rows in question do."""
         return sum(
-            prod(len(part[1]) for part in self.parts(shape, mask & _rows(wanted), wanted.every))
+            prod(len(part[1]) for part in self.parts(shape, self._rows(shape, mask, wanted), wanted.every))
             for shape, mask in zip(self.shapes, self._masks, strict=True)
             if mask & wanted.every == wanted.every
         )
@@ -74,17 +76,14 @@ class Space:
     def tried(self, wanted: Wanted) -> int:
         """Count the points that `find` cannot do without: the others are stricter in every way."""
         return sum(
-            prod(
-                len(_best(part, wanted)[1]) for part in self.parts(shape, mask & _rows(wanted), wanted.every)
-            )
-            for shape, mask in self._in_question(wanted)
+            prod(len(_best(part, wanted)[1]) for part in self.parts(shape, rows, wanted.every))
+            for shape, rows in self._in_question(wanted)
         )
 
     def matched(self, row: int) -> Iterator[Request]:
         """Yield the shapes of the requests that a row can match and no built-in law refuses."""
         for shape, _ in self._in_question(Wanted(every=row, some=row, none=0)):
-            if all(part[1] for part in self.parts(shape, row, row)):
-                yield shape
+            yield shape
 
     def parts(self, shape: Request, rows: int, every: int = 0) -> list[Part]:
         """Return, for each attribute that one of the rows names, its classes for requests of a shape."""
@@ -105,9 +104,23 @@ class Space:
         return part
 
     def _in_question(self, wanted: Wanted) -> Iterator[tuple[Request, int]]:
+        """Yield the shapes of which some request may be as wanted, with the rows that matter for it."""
         for shape, mask, is_open in zip(self.shapes, self._masks, self._is_open, strict=True):
-            if (is_open or not wanted.is_open) and mask & wanted.every == wanted.every and mask & wanted.some:
-                yield shape, mask
+            if (is_open or not wanted.is_open) and mask & wanted.every == wanted.every:
+                rows = self._rows(shape, mask, wanted)
+                if rows & wanted.every == wanted.every and rows & wanted.some:
+                    yield shape, rows
+
+    def _rows(self, shape: Request, mask: int, wanted: Wanted) -> int:
+        """Return the rows that some request of a shape matches together with all of `every`."""
+        rows = mask & (wanted.every | wanted.some | wanted.none)
+        for name, naming in self._naming.items():
+            if naming & rows & wanted.every and name not in SHAPED and shape.action in APPLIES[name]:
+                possible = 0
+                for found in self._part(name, shape, rows, wanted.every)[1]:
+                    possible |= found
+                rows &= possible
+        return rows
 
     def _shape_mask(self, shape: Request) -> int:
         mask = self._table.by_action[shape.action]
@@ -115,10 +128,6 @@ class Space:
             if name in self._table.columns and shape.action in APPLIES[name]:
                 mask &= self._table.columns[name].mask(shape)
         return mask
-
-
-def _rows(wanted: Wanted) -> int:
-    return wanted.every | wanted.some | wanted.none
 
 
 def _always(part: Part) -> int:

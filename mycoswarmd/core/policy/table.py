@@ -191,13 +191,12 @@ class _Origins:
             kind: [one.value for one in self._policy.origins.values() if one.kind == kind]
             for kind in ("user", "key", "node", "agent")
         }
-        groups = [
-            (o.value, self._bits_from(o.name, shape.start))
-            for o in self._policy.origins.values()
-            if o.kind == "group"
-        ]
+        groups: dict[str, int] = {}  # two origins may be the same group
+        for one in self._policy.origins.values():
+            if one.kind == "group":
+                groups[one.value] = groups.get(one.value, 0) | self._bits_from(one.name, shape.start)
         for is_owner, user in product((False, True), (None, *named["user"])):
-            for some in unions(groups, 0, keep):
+            for some in unions(groups.items(), 0, keep):
                 yield Principal(is_owner=is_owner, user=user, groups=some)
         yield from (Principal(key=value) for value in named["key"])
         yield from (Principal(node=value) for value in named["node"])

@@ -1,4 +1,5 @@
 """Line numbers of a TOML file, past every decoy."""
+# ruff: noqa: E501 (one case a line)
 
 import tomllib
 
