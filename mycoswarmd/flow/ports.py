@@ -292,7 +292,7 @@ class BlobStore(Protocol):
     """Workspaces and changes, by content."""
 
     async def put(self, data: bytes, *, expect_sha256: str | None = None) -> str:
-        """Store bytes durably and return their sha256 in hex; BadRequest("wrong-hash") if another is expected."""
+        """Store bytes durably and return their sha256 in hex, which must be the expected one."""
         ...
 
     async def get(self, sha256: str) -> bytes:

@@ -1,6 +1,8 @@
 """Blobs: whole or absent, checked when read, bounded, swept."""
 
+import asyncio
 import hashlib
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -70,10 +72,53 @@ async def test_a_directory_that_cannot_be_one_is_said(tmp_path: Path) -> None:
         await DirectoryBlobStore(tmp_path / "blobs", max_bytes=10).put(b"x")
 
 
-async def test_a_full_disk_leaves_no_half_blob(small_disk: Any) -> None:
+async def test_a_full_disk_leaves_no_half_blob(small_disk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mycoswarmd.store.blobs.RESERVE_BYTES", -(64 << 20))  # no refusal before the write
     store = DirectoryBlobStore(small_disk.mount / "blobs", max_bytes=4 << 20)
     sha256 = await store.put(b"small")
-    with pytest.raises(StoreError, match="disk-full"):
+    with pytest.raises(StoreError, match="disk-full") as caught:
         await store.put(b"x" * (2 << 20))
+    assert isinstance(caught.value.__cause__, OSError)
     assert [path.name for path in (small_disk.mount / "blobs").iterdir()] == [sha256]
     assert await store.get(sha256) == b"small"
+
+
+async def test_the_last_of_a_disk_is_left_for_receipts(small_disk: Any) -> None:
+    store = DirectoryBlobStore(small_disk.mount / "blobs", max_bytes=4 << 20)
+    fits = b"x" * (900 << 10)
+    sha256 = await store.put(fits)
+    with pytest.raises(StoreError) as caught:
+        await store.put(b"y" * (90 << 10))  # there would be room, but no twentieth left
+    assert caught.value.code == "disk-full"
+    assert caught.value.hint
+    assert [path.name for path in (small_disk.mount / "blobs").iterdir()] == [sha256]
+    assert await store.put(fits) == sha256  # it is there: nothing is written
+    assert len(await store.put(b"z")) == 64
+
+
+async def test_blobs_that_come_together_are_counted_together(small_disk: Any) -> None:
+    store = DirectoryBlobStore(small_disk.mount / "blobs", max_bytes=4 << 20)
+    refused: list[str] = []
+
+    async def put(data: bytes) -> None:
+        try:
+            await store.put(data)
+        except StoreError as exc:
+            refused.append(exc.code)
+
+    async with asyncio.TaskGroup() as group:
+        for n in range(4):
+            group.create_task(put(bytes([n]) * (400 << 10)))
+    assert refused == ["disk-full"] * 2
+    assert shutil.disk_usage(small_disk.mount).free >= (1 << 20) // 20
+
+
+async def test_a_blob_with_another_hash_than_expected_is_not_stored(
+    store: DirectoryBlobStore, tmp_path: Path
+) -> None:
+    for wrong in ("0" * 64, "", hashlib.sha256(b"data").hexdigest().upper()):
+        with pytest.raises(BadRequest, match="wrong-hash"):
+            await store.put(b"data", expect_sha256=wrong)
+    assert not (tmp_path / "blobs").exists()
+    sha256 = hashlib.sha256(b"data").hexdigest()
+    assert await store.put(b"data", expect_sha256=sha256) == sha256
