@@ -4,7 +4,7 @@ Both policies' rows divide the requests into classes together; classes that chan
 one line, such as `now allowed: infer zone=lan label=public,internal (was denied)`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -14,7 +14,7 @@ from mycoswarmd.core.policy.evaluate import refusal
 from mycoswarmd.core.policy.model import APPLIES, Policy
 from mycoswarmd.core.policy.request import describe
 from mycoswarmd.core.policy.space import SHAPED, Space
-from mycoswarmd.core.policy.table import Table, table_of
+from mycoswarmd.core.policy.table import table_of
 from mycoswarmd.core.types import UNKNOWN, Principal, Request, Start
 
 # A person reads a screen or two; beyond it, the count says enough.
@@ -28,11 +28,13 @@ _Cell = tuple[frozenset[object] | None, ...]
 
 def changed_requests(old: Policy | None, new: Policy) -> tuple[str, ...]:
     """List the classes of request that two policies decide differently, a line each."""
-    sides = [_Side(policy) for policy in (old, new)]
+    sides = (_Side(old, new), _Side(new, old))
     shapes = dict.fromkeys(shape for side in sides for shape in side.shapes)
     lines: dict[str, dict[tuple[str | None, Start], None]] = {}
     tried, is_complete = 0, True
     for shape in shapes:
+        if not any(side.may_differ(shape) for side in sides):
+            continue
         fields = _fields(sides, shape)
         tried += prod(len(values) for values in fields.values())
         if tried > _MAX_TRIED:
@@ -52,12 +54,21 @@ def changed_requests(old: Policy | None, new: Policy) -> tuple[str, ...]:
 class _Side:
     """One of the two policies; no policy denies everything."""
 
-    def __init__(self, policy: Policy | None) -> None:
+    def __init__(self, policy: Policy | None, other: Policy | None) -> None:
         self.policy = policy
-        self.table: Table | None = table_of(policy) if policy is not None else None
-        self.shapes = (
-            Space(policy, self.table).shapes if policy is not None and self.table is not None else []
-        )
+        self.table = table_of(policy) if policy is not None else None
+        self.space = Space(policy, self.table) if policy is not None and self.table is not None else None
+        self.shapes = self.space.shapes if self.space is not None else []
+        # Only a request that matches a rule of this policy alone can be decided differently there,
+        # as long as everything around the rules is the same.
+        self._own = -1
+        if policy is not None and other is not None and _frame(policy) == _frame(other):
+            theirs = {(rule.conditions, rule.effect) for rule in other.rules}
+            own = [(rule.conditions, rule.effect) not in theirs for rule in policy.rules]
+            self._own = sum(1 << i for i, is_own in enumerate(own) if is_own)
+
+    def may_differ(self, shape: Request) -> bool:
+        return self.space is not None and bool(self.space.shape_mask(shape) & self._own)
 
     def outcome(self, request: Request) -> str:
         if self.policy is None or self.table is None or refusal(self.policy, request) is not None:
@@ -68,25 +79,29 @@ class _Side:
         return "asked" if mask & self.table.ask else "allowed"
 
 
-def _fields(sides: list[_Side], shape: Request) -> dict[str, list[object]]:
+def _frame(policy: Policy) -> tuple[object, ...]:
+    return (policy.labels, policy.origins, policy.destinations, policy.tools, policy.agents)
+
+
+def _fields(sides: Iterable[_Side], shape: Request) -> dict[str, list[object]]:
     """Return, for each field that either policy tells apart, one value for each class."""
     found: dict[str, dict[tuple[object, ...], object]] = {}
-    tables = [side.table for side in sides if side.table is not None]
-    for table in tables:
+    known = [(side.table, side.space.shape_mask(shape)) for side in sides if side.table and side.space]
+    for table, rows in known:
         for name, column in table.columns.items():
-            if name in SHAPED or shape.action not in APPLIES[name]:
+            if name in SHAPED or not table.naming(name) & rows or shape.action not in APPLIES[name]:
                 continue
             for value in column.values(shape, table.every):
                 request = replace(shape, **{column.field: value})  # type: ignore[arg-type]
                 # Labels are few and people think in them, so each is named; others stand for their class.
-                masks = [one.columns[name].mask(request) for one in tables if name in one.columns]
+                masks = [one.columns[name].mask(request) & kept for one, kept in known if name in one.columns]
                 key: tuple[object, ...] = (value,) if name == "label" else tuple(masks)
                 found.setdefault(column.field, {}).setdefault(key, value)
     return {field: list(by_mask.values()) for field, by_mask in found.items()}
 
 
 def _changes(
-    sides: list[_Side], shape: Request, fields: Mapping[str, list[object]]
+    sides: Iterable[_Side], shape: Request, fields: Mapping[str, list[object]]
 ) -> dict[tuple[str, str], set[_Cell]]:
     found: dict[tuple[str, str], set[_Cell]] = {}
     for values in product(*fields.values()):

@@ -50,7 +50,7 @@ class Space:
         self._naming = {name: table.naming(name) for name in names}
         self._parts_of: dict[tuple[object, ...], Part] = {}
         self.shapes = list(_shapes(policy))
-        self._masks = [self._shape_mask(shape) for shape in self.shapes]
+        self._masks = [self.shape_mask(shape) for shape in self.shapes]
         self._is_open = [refusal(policy, shape) is None for shape in self.shapes]
 
     def find(self, wanted: Wanted) -> Request | None:
@@ -122,7 +122,8 @@ class Space:
                 rows &= possible
         return rows
 
-    def _shape_mask(self, shape: Request) -> int:
+    def shape_mask(self, shape: Request) -> int:
+        """Return the rows that some request of a shape may match."""
         mask = self._table.by_action[shape.action]
         for name in SHAPED:
             if name in self._table.columns and shape.action in APPLIES[name]:
