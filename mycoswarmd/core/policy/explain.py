@@ -6,7 +6,7 @@ from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate, rul
 from mycoswarmd.core.policy.model import Conditions, Policy, Span, key_of, origins_of
 from mycoswarmd.core.policy.request import describe
 from mycoswarmd.core.policy.table import table_of
-from mycoswarmd.core.types import UNKNOWN, Effect, Request
+from mycoswarmd.core.types import UNKNOWN, Effect, Request, RuleId
 
 _FIELDS = {"hours": "minute_of_day", "roster_age": "roster_age_s", "min_sandbox": "sandbox", "tag": "tags"}
 
@@ -75,7 +75,8 @@ def explain(policy: Policy | None, request: Request) -> Explanation:
     outcome = evaluate(policy, request)
     match outcome:
         case Permit():
-            decision, why = "allow", ""
+            whys = {rule.id: rule.why for rule in policy.rules} if policy is not None else {}
+            decision, why = "allow", whys[RuleId(outcome.rule)]
         case NeedsApproval():
             decision, why = "ask", f"{outcome.why}; to be approved by {' and '.join(outcome.approve_by)}"
         case _:
