@@ -220,6 +220,9 @@ def ollama_scripts(
 ) -> dict[str, Script]:
     """Make the scripts of an Ollama server; `shows` is what /api/show says of a model, else a local one."""
 
+    async def version(turn: Turn) -> None:
+        await turn.answer({"version": "0.13.1"})
+
     async def tags(turn: Turn) -> None:
         await turn.answer({"models": list(models)})
 
@@ -231,4 +234,4 @@ def ollama_scripts(
     async def ps(turn: Turn) -> None:
         await turn.answer({"models": [{"name": models[0]["name"], "context_length": 2048}] if models else []})
 
-    return {**OPENAI, "/api/tags": tags, "/api/show": show, "/api/ps": ps}
+    return {**OPENAI, "/api/version": version, "/api/tags": tags, "/api/show": show, "/api/ps": ps}

@@ -1,7 +1,8 @@
 """Any OpenAI-compatible server on this machine: llama.cpp's, vLLM, LM Studio and others.
 
 Rule (M1, M2): it is asked at its one declared local address and nowhere else; whether it serves a
-model is what its own list says, never what the name looks like.
+model is what its own list says, never what the name looks like. An Ollama server is refused here:
+some of its models are elsewhere, which only OllamaEngine finds out.
 Source: the OpenAI API reference; llama.cpp tools/server/README.md for /props.
 """
 
@@ -15,8 +16,9 @@ from mycoswarmd.engines.address import parse_address
 from mycoswarmd.engines.checks import check_permit, find_model
 from mycoswarmd.engines.slots import Slots
 from mycoswarmd.engines.upstream import Patience, Upstream
-from mycoswarmd.errors import MycoswarmError
+from mycoswarmd.errors import ConfigError, MycoswarmError
 from mycoswarmd.flow.ports import EngineHealth, ModelInfo
+from mycoswarmd.wire.ollama import is_version
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, PromptKind
 from mycoswarmd.wire.upstream import Props, parse_error, parse_models, parse_props
 
@@ -92,6 +94,10 @@ class OpenAIEngine:
             self._state, self._detail = "ready", "" if self._models else "it lists no model"
 
     async def _fetch_models(self) -> tuple[ModelInfo, ...]:
+        if await self._is_ollama():
+            raise ConfigError(
+                "engine-kind", f'cannot use engine {self._name!r}: this is Ollama: set kind = "ollama"'
+            )
         status, untrusted = await self._upstream.fetch("/v1/models")
         if status != 200:
             raise parse_error(status, untrusted, engine=self._name)
@@ -113,6 +119,17 @@ class OpenAIEngine:
             )
             for one in listed
         )
+
+    async def _is_ollama(self) -> bool:
+        """Tell an Ollama server, which passes prompts for some of its models on to a cloud.
+
+        Its own list says for which; the one at /v1/models does not.
+        """
+        status, untrusted = await self._upstream.fetch("/api/version")
+        if status != 200 or not is_version(untrusted):
+            return False
+        status, _ = await self._upstream.fetch("/api/tags")
+        return status != 404
 
     async def _fetch_props(self) -> Props | None:
         """Ask what only llama.cpp's server tells, of the one model it serves."""

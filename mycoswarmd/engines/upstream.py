@@ -8,9 +8,11 @@ engine to stop.
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -29,10 +31,19 @@ from mycoswarmd.wire.upstream import (
     parse_error,
 )
 
+T = TypeVar("T")
+
 # The body of an error or of a small answer such as a list of models.
-_SMALL_BYTES = 4 << 20
-# 2,048 vectors of 4,096 numbers as text are about 100 MB; a whole answer is far less.
-_LARGE_BYTES = 128 << 20
+_SMALL_BYTES = 1 << 20
+# A whole answer: twice the longest text that is accepted, for what JSON adds to it.
+_ANSWER_BYTES = 16 << 20
+# Vectors as text: 2,048 of 2,048 numbers are about 50 MB.
+_EMBEDDINGS_BYTES = 64 << 20
+# Each list or object in JSON becomes one in memory, twenty times as large as its two brackets, and Python
+# parses without letting any other thread run. So they are counted first: a bound on the stall (some 20 ms).
+_MAX_PARTS = 1 << 18
+# Larger bodies are parsed beside the loop.
+_INLINE_BYTES = 1 << 20
 # aiohttp warns above this size that plain bytes hold up the loop.
 _PLAIN_BODY_BYTES = 1 << 20
 # llama.cpp's server drops idle connections after 5 s; leaving first avoids sending into a closing one.
@@ -106,16 +117,14 @@ class Upstream:
     async def complete(self, prompt: Prompt, *, native_tools: bool) -> Answer:
         """Return the whole answer."""
         sent = prompt if native_tools else compile_tools(prompt)
-        untrusted = await self._ask(sent)
-        with self._reading():
-            answer = parse_answer(untrusted, kind=prompt.kind)
+        untrusted = await self._ask(sent, _ANSWER_BYTES)
+        answer = await self._parse_whole(untrusted, partial(parse_answer, kind=prompt.kind))
         return answer if native_tools else TranslateCalls(prompt).answer(answer)
 
     async def embed(self, prompt: Prompt) -> Embeddings:
         """Return one vector for each input."""
-        untrusted = await self._ask(prompt)
-        with self._reading():
-            return parse_embeddings(untrusted, count=len(prompt.inputs))
+        untrusted = await self._ask(prompt, _EMBEDDINGS_BYTES)
+        return await self._parse_whole(untrusted, partial(parse_embeddings, count=len(prompt.inputs)))
 
     async def stream(self, prompt: Prompt, *, native_tools: bool) -> AsyncGenerator[Delta, None]:
         """Yield the answer piece by piece, then Finish, then Usage; closing it stops the engine."""
@@ -126,9 +135,8 @@ class Upstream:
             await self._check_status(response, prompt)
             if response.content_type != "text/event-stream":
                 # A server that cannot stream: its whole answer is one piece.
-                untrusted = await self._read(response, _LARGE_BYTES, self._patience.answer_s)
-                with self._reading():
-                    answer = parse_answer(untrusted, kind=prompt.kind)
+                untrusted = await self._read(response, _ANSWER_BYTES, self._patience.answer_s)
+                answer = await self._parse_whole(untrusted, partial(parse_answer, kind=prompt.kind))
                 for delta in deltas_of(answer if translate is None else translate.answer(answer)):
                     yield delta
                 return
@@ -154,12 +162,18 @@ class Upstream:
         with self._reading():
             return [delta for data in events.feed(untrusted) for delta in chunks.feed(data)]
 
-    async def _ask(self, prompt: Prompt) -> bytes:
+    async def _parse_whole(self, untrusted: bytes, parse: Callable[[bytes], T]) -> T:
+        with self._reading():
+            if len(untrusted) <= _INLINE_BYTES:
+                return parse(untrusted)
+            return await asyncio.to_thread(parse, untrusted)
+
+    async def _ask(self, prompt: Prompt, limit_bytes: int) -> bytes:
         body = encode_request(prompt, stream=False)
         wait_s = self._patience.answer_s
         async with self._request(PATHS[prompt.kind], body, wait_s=wait_s) as response:
             await self._check_status(response, prompt)
-            return await self._read(response, _LARGE_BYTES, wait_s)
+            return await self._read(response, limit_bytes, wait_s)
 
     @asynccontextmanager
     async def _request(
@@ -214,13 +228,16 @@ class Upstream:
 
     async def _read(self, response: aiohttp.ClientResponse, limit_bytes: int, wait_s: float) -> bytes:
         pieces: list[bytes] = []
-        length = 0
+        length = parts = 0
         try:
             async with asyncio.timeout(wait_s):
                 while piece := await response.content.readany():
                     length += len(piece)
                     if length > limit_bytes:
                         raise self._failed(f"its answer is larger than {limit_bytes} bytes")
+                    parts += piece.count(b"[") + piece.count(b"{")
+                    if parts > _MAX_PARTS:
+                        raise self._failed("its answer has too many parts")
                     pieces.append(piece)
         except TimeoutError as exc:
             raise self._failed(f"its answer did not end within {wait_s:g} s") from exc

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mycoswarmd.errors import BadRequest
 from mycoswarmd.wire.jsonv import as_object, get_list, get_str, parse_object
 from mycoswarmd.wire.upstream import MAX_MODELS, positive_or_none
 
@@ -80,6 +81,14 @@ def parse_ps(untrusted: bytes) -> Mapping[str, int | None]:
         name = get_str(obj, "name", where=where, max_len=256, default="")
         found[name] = positive_or_none(obj.get("context_length"))
     return found
+
+
+def is_version(untrusted: bytes) -> bool:
+    """Whether this is what Ollama answers at /api/version."""
+    try:
+        return isinstance(parse_object(untrusted).get("version"), str)
+    except BadRequest:
+        return False
 
 
 def encode_show(model: str) -> bytes:

@@ -5,8 +5,10 @@ import gc
 import json
 import tempfile
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,17 @@ from mycoswarmd.errors import (
 )
 from mycoswarmd.wire.openai import parse_completion, parse_embedding
 from mycoswarmd.wire.prompt import Finish, PromptKind, TextDelta, ToolCallDelta, Usage
-from tests.fakes import OPENAI, FakeServer, Script, Turn, chat_ok, chunk, listing, serving
+from tests.fakes import (
+    OPENAI,
+    FakeServer,
+    Script,
+    Turn,
+    chat_ok,
+    chunk,
+    listing,
+    ollama_scripts,
+    serving,
+)
 from tests.permits import permit_for
 from tests.unit.engines.running import QUICK, chat, deltas_of, running, until
 
@@ -214,11 +226,75 @@ async def test_what_came_before_a_death_was_delivered() -> None:
             await anext(stream)
 
 
-async def test_an_answer_that_does_not_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mycoswarmd.engines.upstream._LARGE_BYTES", 1000)
-    async with serving({**OPENAI, CHAT: body(b" " * 5000)}) as fake, running(engine_for(fake)) as engine:
-        with pytest.raises(EngineError, match="larger than 1000"):
-            await engine.complete(permit_for("small"), chat())
+ANSWER_BYTES = 16 << 20
+PARTS = 400_000
+TOO_MUCH = {
+    "bytes": (CHAT, b" " * (ANSWER_BYTES + 1), f"larger than {ANSWER_BYTES} bytes"),
+    "lists": (CHAT, b'{"choices": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
+    "objects": (CHAT, b'{"choices": [' + b"{}," * PARTS + b"{}]}", "too many parts"),
+    "depth": (CHAT, b"[" * PARTS, "too many parts"),
+    "models": ("/v1/models", b'{"data": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
+    "error": (CHAT, b'{"error": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
+    "embeddings": ("/v1/embeddings", b" " * ((64 << 20) + 1), f"larger than {64 << 20} bytes"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+async def test_an_answer_that_is_too_much_is_cut_off_and_nothing_stalls(name: str) -> None:
+    path, data, message = TOO_MUCH[name]
+    script = body(data, status=500 if name == "error" else 200)
+    patience = Patience(answer_s=30, probe_s=30)
+    async with (
+        serving({**OPENAI, path: script}) as fake,
+        running(engine_for(fake, patience=patience)) as engine,
+    ):
+        if path == "/v1/models":
+            assert engine.health().state == "down"
+            assert message in engine.health().detail
+            return
+        permit = permit_for("small")
+        vectors = parse_embedding(b'{"model": "small", "input": "x"}')
+        asks: list[Callable[[], Awaitable[object]]] = [lambda: engine.embed(permit, vectors)]
+        if path == CHAT:
+            asks = [
+                lambda: engine.complete(permit, chat()),
+                lambda: deltas_of(engine, chat(stream=True)),
+            ]
+        for ask in asks:
+            with pytest.raises(EngineError, match=message) as caught:
+                await ask()
+            assert caught.value.code == "engine-failed"
+
+
+class CountingThreads(ThreadPoolExecutor):
+    """What asyncio.to_thread uses, with a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.calls += 1
+        return super().submit(fn, *args, **kwargs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_long_answer_is_read_beside_the_loop(stream: bool) -> None:
+    threads = CountingThreads()
+    asyncio.get_running_loop().set_default_executor(threads)
+    # A long program has many brackets.
+    text = "if (a[i]) { b[i] = {}; }\n" * 20_000
+    for content, calls in (("short", 0), (text + "x" * (1 << 20), 1)):
+        data = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+        async with (
+            serving({**OPENAI, CHAT: body(data)}) as fake,
+            running(engine_for(fake, patience=Patience())) as engine,
+        ):
+            if stream:
+                assert TextDelta(content) in await deltas_of(engine, chat(stream=True))
+            else:
+                assert (await engine.complete(permit_for("small"), chat())).text == content
+        assert threads.calls == calls
 
 
 async def forever(turn: Turn) -> None:
@@ -440,3 +516,50 @@ async def test_the_list_is_kept_up_to_date() -> None:
             fake.scripts["/v1/models"] = listing("a", "b")
             await until(lambda: [one.name for one in engine.models()] == ["a", "b"])
             assert engine.models()[0].kinds == frozenset(PromptKind)
+
+
+CLOUD = {"name": "qwen3:480b-cloud", "digest": "d", "remote_host": "https://ollama.example"}
+LOCAL = {"name": "llama3:8b", "digest": "d"}
+IS_OLLAMA = 'this is Ollama: set kind = "ollama"'
+
+
+async def test_an_ollama_server_serves_nothing_here_for_it_may_pass_prompts_on() -> None:
+    scripts = {**ollama_scripts(CLOUD, LOCAL), "/v1/models": listing("qwen3:480b-cloud", "llama3:8b")}
+    async with serving(scripts) as fake:
+        engine = OpenAIEngine("e", fake.address, patience=QUICK, refresh_s=0.01)
+        async with running(engine):
+            assert engine.health().state == "down"
+            assert IS_OLLAMA in engine.health().detail
+            for model in ("qwen3:480b-cloud", "llama3:8b"):
+                with pytest.raises(NotFound):
+                    await engine.complete(permit_for(model), chat(model))
+                with pytest.raises(NotFound):
+                    await deltas_of(engine, chat(model, stream=True))
+            await until(lambda: fake.paths().count("/api/version") >= 2)
+            assert engine.models() == ()
+        assert fake.prompts() == []
+
+
+async def test_an_ollama_server_that_takes_the_place_of_another_is_noticed() -> None:
+    async with serving(dict(OPENAI)) as fake:
+        engine = OpenAIEngine("e", fake.address, patience=QUICK, refresh_s=0.01)
+        async with running(engine):
+            assert [one.name for one in engine.models()] == ["small"]
+            fake.scripts.update(ollama_scripts(LOCAL))
+            await until(lambda: engine.health().state == "down")
+            assert engine.models() == ()
+
+
+@pytest.mark.parametrize(
+    "scripts",
+    [
+        {"/api/version": body(b'{"version": "0.9.0"}')},  # but no list of Ollama's
+        {"/api/tags": body(b'{"models": []}')},  # llama.cpp has it for others' sake
+        {"/api/version": body(b'{"error": "unexpected"}'), "/api/tags": body(b'{"error": "unexpected"}')},
+        {"/api/version": body(b"<html>"), "/api/tags": body(b"<html>")},
+    ],
+)
+async def test_what_is_not_ollama_serves(scripts: dict[str, Script]) -> None:
+    async with serving({**OPENAI, **scripts}) as fake, running(engine_for(fake)) as engine:
+        assert engine.health().state == "ready"
+        assert (await engine.complete(permit_for("small"), chat())).text == "Hello there"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mycoswarmd.errors import BadRequest
-from mycoswarmd.wire.ollama import encode_show, parse_ps, parse_show, parse_tags
+from mycoswarmd.wire.ollama import encode_show, is_version, parse_ps, parse_show, parse_tags
 
 
 def dumps(value: object) -> bytes:
@@ -75,3 +75,9 @@ def test_any_bytes_are_refused(untrusted: bytes) -> None:
 
 def test_the_question_is_json() -> None:
     assert json.loads(encode_show('a"b')) == {"model": 'a"b'}
+
+
+def test_what_ollama_says_of_its_version() -> None:
+    assert is_version(b'{"version": "0.13.1"}')
+    for other in (b"{}", b'{"version": 3}', b'"0.13"', b"<html>", b'{"version": ', b"\xff"):
+        assert not is_version(other)
