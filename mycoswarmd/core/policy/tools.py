@@ -47,66 +47,12 @@ TOOLS: Final[Mapping[str, ToolClass]] = MappingProxyType(
 )
 
 # Programs that execute what they are told: allowing one allows any code that the cage allows.
-INTERPRETERS: Final = frozenset(
-    [
-        "sh",
-        "bash",
-        "dash",
-        "zsh",
-        "fish",
-        "ksh",
-        "busybox",
-        "python",
-        "python3",
-        "perl",
-        "ruby",
-        "node",
-        "deno",
-        "bun",
-        "php",
-        "lua",
-        "luajit",
-        "tclsh",
-        "wish",
-        "awk",
-        "gawk",
-        "mawk",
-        "sed",
-        "make",
-        "cmake",
-        "ninja",
-        "gdb",
-        "java",
-        "env",
-        "xargs",
-        "find",
-        "git",
-        "vim",
-        "vi",
-        "ed",
-        "ssh",
-        "tar",
-        "docker",
-        "podman",
-        "pytest",
-        "uv",
-        "pip",
-        "npm",
-        "npx",
-        "yarn",
-        "cargo",
-        "go",
-        "gcc",
-        "cc",
-        "clang",
-        "R",
-        "Rscript",
-        "julia",
-        "guile",
-        "emacs",
-        "sqlite3",
-    ]
-)
+_INTERPRETERS: Final = """
+sh bash dash zsh fish ksh busybox python python3 perl ruby node deno bun php lua luajit tclsh wish
+awk gawk mawk sed make cmake ninja gdb java env xargs find git vim vi ed ssh tar docker podman
+pytest uv pip npm npx yarn cargo go gcc cc clang R Rscript julia guile emacs sqlite3
+"""
+INTERPRETERS: Final = frozenset(_INTERPRETERS.split())
 
 
 def is_interpreter(program: str) -> bool:

@@ -201,6 +201,18 @@ def test_every_asking_rule_must_accept_the_approver() -> None:
         assert word(evaluate(policy, request, approval=Approval(what=needs.what, by=by))) == expected
 
 
+@pytest.mark.parametrize("kind", ["agent", "key", "node"])
+def test_only_a_person_approves_whatever_else_is_claimed(kind: str) -> None:
+    policy = policy_of([replace(rule_of(0, Effect.ASK, Conditions()), approve_by=("adm",))])
+    request = Request(action=Action.INFER, principal=OWNER)
+    needs = evaluate(policy, request)
+    assert isinstance(needs, NeedsApproval)
+    person = Principal(groups=frozenset({"adm"}))
+    other = replace(person, **{kind: "x"})  # type: ignore[arg-type]
+    assert word(evaluate(policy, request, approval=Approval(what=needs.what, by=person))) == "allow"
+    assert word(evaluate(policy, request, approval=Approval(what=needs.what, by=other))) == "ask"
+
+
 def test_an_answer_is_for_exactly_what_was_asked_at_any_hour() -> None:
     policy = policy_of([rule_of(0, Effect.ASK, Conditions())])
     request = Request(action=Action.INFER, principal=OWNER, model="m", label="public", minute_of_day=5)
