@@ -39,8 +39,9 @@ _SMALL_BYTES = 1 << 20
 _ANSWER_BYTES = 16 << 20
 # Vectors as text: 2,048 of 2,048 numbers are about 50 MB.
 _EMBEDDINGS_BYTES = 64 << 20
-# Each list or object in JSON becomes one in memory, twenty times as large as its two brackets, and Python
-# parses without letting any other thread run. So they are counted first: a bound on the stall (some 20 ms).
+# Python parses JSON without letting any other thread run, and makes twenty times as much of each list,
+# object and key. So they are counted first; no text that a model writes has as many of these signs.
+_PARTS = (b"[", b"{", b":")
 _MAX_PARTS = 1 << 18
 # Larger bodies are parsed beside the loop.
 _INLINE_BYTES = 1 << 20
@@ -235,7 +236,7 @@ class Upstream:
                     length += len(piece)
                     if length > limit_bytes:
                         raise self._failed(f"its answer is larger than {limit_bytes} bytes")
-                    parts += piece.count(b"[") + piece.count(b"{")
+                    parts += sum(map(piece.count, _PARTS))
                     if parts > _MAX_PARTS:
                         raise self._failed("its answer has too many parts")
                     pieces.append(piece)

@@ -232,6 +232,7 @@ TOO_MUCH = {
     "bytes": (CHAT, b" " * (ANSWER_BYTES + 1), f"larger than {ANSWER_BYTES} bytes"),
     "lists": (CHAT, b'{"choices": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
     "objects": (CHAT, b'{"choices": [' + b"{}," * PARTS + b"{}]}", "too many parts"),
+    "keys": (CHAT, b"{" + b",".join(b'"%d":0' % n for n in range(PARTS)) + b"}", "too many parts"),
     "depth": (CHAT, b"[" * PARTS, "too many parts"),
     "models": ("/v1/models", b'{"data": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
     "error": (CHAT, b'{"error": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
