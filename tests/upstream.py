@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-MODELS = ("ok", "slow", "garbage", "dies", "silent", "refuses", "agent", "nonsense", "looping", "huge")
+CODER = "qwen2.5-coder-test"  # as `agent`, under a name that the documented policy's agent may use
+MODELS = ("ok", "slow", "garbage", "dies", "silent", "refuses", "agent", "nonsense", "looping", "huge", CODER)
 USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
 
 
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(body, '{"tool": "no_such_tool", "arguments": {"x": 1}}')
             case "looping":
                 self._answer(body, '{"tool": "fs_list", "arguments": {"path": "."}}')
-            case "agent":
+            case "agent" | "qwen2.5-coder-test":
                 self._answer(body, self._next_call(body))
             case _:
                 self._answer(body, "Hello there")
