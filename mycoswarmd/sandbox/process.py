@@ -8,10 +8,11 @@ the engine runs plainly, and says why.
 Source: bwrap(1), setpriv(1).
 """
 
+import asyncio
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from mycoswarmd.errors import CageError
@@ -26,6 +27,9 @@ DEVICES = ("/dev/null", "/dev/random", "/dev/urandom", "/dev/zero")
 TOPOLOGY = "/sys/devices/system/cpu"
 # bubblewrap needs 5 ms; a box that swaps gets this long to show that it can.
 TRIAL_S = 10.0
+# A log is for finding out why an engine ended; it lies in the runtime directory, often in memory.
+LOG_BYTES = 1 << 20
+LOG_CHECK_S = 60.0
 
 
 class Process:
@@ -37,15 +41,19 @@ class Process:
         pid: the first process started for it.
     """
 
-    def __init__(self, child: Child, *, reason: str) -> None:
+    def __init__(self, child: Child, log_path: Path, *, reason: str) -> None:
         self._child = child
+        self._log_path = log_path
         self.pid = child.pid
         self.reason = reason
         self.confined = not reason
 
     async def wait(self) -> int:
-        """Wait for its end and return its code, negative for a signal."""
-        code = await self._child.wait()
+        """Wait for its end, keep its log short until then, and return its code, negative for a signal."""
+        async with asyncio.TaskGroup() as group:
+            shortening = group.create_task(_keep_short(self._log_path), name="engine-log")
+            code = await self._child.wait()
+            shortening.cancel()
         await self._child.kill()  # what is left of its namespace
         return code
 
@@ -79,6 +87,8 @@ def start_engine(
             options += ["--unshare-user", "--"]
     elif die_with_parent and is_executable(SETPRIV) and is_executable(argv[0]):
         options = [SETPRIV, "--pdeathsig", "KILL", "--"]
+    _shorten(log_path)
+    # It is appended to, and so goes on at the beginning when it is emptied.
     with ExitStack() as stack, log_path.open("ab") as log:
         keep_fds, info_r = [], None
         if not reason:
@@ -99,7 +109,20 @@ def start_engine(
             if info_r is not None:
                 os.close(info_r)
             raise
-    return Process(child, reason=reason)
+    return Process(child, log_path, reason=reason)
+
+
+async def _keep_short(log_path: Path) -> None:
+    while True:
+        await asyncio.sleep(LOG_CHECK_S)
+        _shorten(log_path)
+
+
+def _shorten(log_path: Path) -> None:
+    """Empty a log that has grown too long."""
+    with suppress(OSError):  # none yet, or none any more
+        if log_path.stat().st_size > LOG_BYTES:
+            os.truncate(log_path, 0)
 
 
 def why_not_confined() -> str:

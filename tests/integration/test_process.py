@@ -141,6 +141,26 @@ async def test_an_engine_that_ends_says_how(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "words\nwords\n"
 
 
+async def test_an_engine_that_talks_a_lot_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "LOG_CHECK_S", 0.01)
+    code = (
+        "import time\nfor n in range(8):\n print('x' * (1 << 20), flush=True)\n time.sleep(0.1)\nprint('end')"
+    )
+    log = tmp_path / "log"
+    log.write_bytes(b"old" * (1 << 20))
+    for _ in range(2):  # also what an earlier one left
+        child = start_engine(
+            ["/usr/bin/python3", "-I", "-S", "-c", code], read_paths=[], write_paths=[], env={}, log_path=log
+        )
+        assert log.stat().st_size < 3 << 20
+        async with asyncio.timeout(30):
+            assert await child.wait() == 0
+        assert log.stat().st_blocks * 512 <= 4 << 20  # of 8
+        assert log.read_bytes().endswith(b"end\n")
+
+
 async def test_the_node_can_be_killed_and_takes_its_engine_along(tmp_path: Path) -> None:
     code = """
 import asyncio, sys
