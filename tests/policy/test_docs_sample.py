@@ -100,7 +100,9 @@ def test_a_task_of_the_sample_uses_its_tools_and_no_other(daemon: NodeProcess, e
     assert outside.status == 400
     assert "qwen2.5-coder*" in outside.json["error"]["message"]
     note = {"path": "src/note.txt", "content": "hello"}
-    engine.play(("fs_write", note), ("run", {"argv": ["ls", "src"]}), ("finish", {"summary": "noted"}))
+    engine.play(
+        ("fs_write", note), ("run", {"program": "ls", "args": ["src"]}), ("finish", {"summary": "noted"})
+    )
     task_id = daemon.submit("write a note", agent="coder", label="internal")
     task = daemon.wait_task(task_id, "succeeded", "failed", "parked")
     events = daemon.events(task_id)
