@@ -57,7 +57,7 @@ def check_policy(data: bytes, *, path: str, resolve_program: Callable[[str], str
         proofs = prove(policy)
     except TooManyGlobs as exc:
         message = f"cannot prove anything about this file: {exc}"
-        problems.append(_problem(policy, 1, message, "use fewer globs with several stars"))
+        problems.append(_problem(policy, 1, message, "use fewer globs with several stars, groups and tags"))
     problems += [_disproved(policy, proof) for proof in proofs if not proof.holds]
     if problems:
         raise PolicyInvalid(tuple(sorted(problems, key=lambda problem: problem.line)))

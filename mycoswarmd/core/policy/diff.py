@@ -11,6 +11,7 @@ from math import prod
 from typing import Final
 
 from mycoswarmd.core.policy.evaluate import refusal
+from mycoswarmd.core.policy.globs import TooManyGlobs
 from mycoswarmd.core.policy.model import APPLIES, Policy
 from mycoswarmd.core.policy.request import describe
 from mycoswarmd.core.policy.space import SHAPED, Space
@@ -35,7 +36,11 @@ def changed_requests(old: Policy | None, new: Policy) -> tuple[str, ...]:
     for shape in shapes:
         if not any(side.may_differ(shape) for side in sides):
             continue
-        fields = _fields(sides, shape)
+        try:
+            fields = _fields(sides, shape)
+        except TooManyGlobs:
+            is_complete = False
+            break
         tried += prod(len(values) for values in fields.values())
         if tried > _MAX_TRIED:
             is_complete = False

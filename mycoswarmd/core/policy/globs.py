@@ -22,7 +22,7 @@ MAX_STATES: Final = 20_000
 
 
 class TooManyGlobs(ValueError):
-    """The globs can be combined in more ways than can be walked."""
+    """Globs, groups or tags can be combined in more ways than can be walked."""
 
 
 def shortest_names(globs: Sequence[str]) -> list[str]:

@@ -38,6 +38,8 @@ SCHEMA: Final = 1
 # A policy of 1,000 rules is about 200 KiB; more is not read by anybody in a minute.
 MAX_BYTES: Final = 256 << 10
 MAX_RULES: Final = 1000
+# A rule's list of names lies at the fourth level.
+_MAX_DEPTH: Final = 16
 _TOP: Final = (
     *("schema", "name", "labels", "origins", "destinations", "routing", "tools", "agents"),
     *("rule", "invariant", "test"),
@@ -96,11 +98,29 @@ def _document(untrusted: bytes, path: str) -> tuple[dict[str, object], Reader]:
         raise broken(line, f"cannot read this as TOML: {_AT_LINE.sub('', str(exc)).strip()}") from exc
     except RecursionError as exc:
         raise broken(1, "cannot read this as TOML: it is nested too deeply") from exc
+    except ValueError as exc:  # Python reads no number of thousands of digits
+        raise broken(1, "cannot read this as TOML: a number has too many digits") from exc
+    if (problem := _unprintable(document)) is not None:
+        raise broken(1, f"cannot use this file: {problem}")
     try:
         lines = scan_lines(text.replace("\r\n", "\n"), document)
     except ValueError as exc:
         raise broken(1, f"cannot use this file: {exc}", "write it in a plainer way") from exc
     return document, Reader(path, lines)
+
+
+def _unprintable(document: object) -> str | None:
+    """Return what no message could show of a document: numbers beyond TOML's 64 bits, endless nesting."""
+    layer = [document]
+    for _ in range(_MAX_DEPTH):
+        below: list[object] = []
+        for value in layer:
+            if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+                return "a number does not fit in 64 bits"
+            if isinstance(value, dict | list):
+                below += value.values() if isinstance(value, dict) else value
+        layer = below
+    return "it is nested too deeply" if layer else None
 
 
 class _Parser:

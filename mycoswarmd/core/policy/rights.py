@@ -7,6 +7,7 @@ hour) is taken at its most generous; each call is decided again anyway.
 
 from dataclasses import replace
 
+from mycoswarmd.core.policy.globs import TooManyGlobs
 from mycoswarmd.core.policy.model import AgentProfile, Conditions, Policy
 from mycoswarmd.core.policy.space import Space, Wanted
 from mycoswarmd.core.policy.table import Row, Table
@@ -47,7 +48,10 @@ def _is_usable(policy: Policy, agent: str, tool: str, sandbox: SandboxLevel) -> 
     table = Table(policy, [*rows, Row(call, Effect.FORBID)])
     this = 1 << len(rows)
     wanted = Wanted(every=this, some=table.allow | table.ask, none=table.forbid & ~this)
-    return Space(policy, table).find(wanted) is not None
+    try:
+        return Space(policy, table).find(wanted) is not None
+    except TooManyGlobs:  # what cannot be told leaves no right
+        return False
 
 
 def _on_this_machine(conditions: Conditions, sandbox: SandboxLevel) -> Conditions:

@@ -22,7 +22,7 @@ from operator import attrgetter
 from re import compile as compile_regex
 from typing import Final, Protocol
 
-from mycoswarmd.core.policy.globs import shortest_names
+from mycoswarmd.core.policy.globs import TooManyGlobs, shortest_names
 from mycoswarmd.core.policy.model import APPLIES, OWNER, Conditions, Policy, Span, origins_of
 from mycoswarmd.core.types import (
     UNKNOWN,
@@ -39,6 +39,8 @@ from mycoswarmd.core.units import DAY_MINUTES
 # Facts that callers choose (model names) fill a cache; past this many it starts anew.
 _CACHE: Final = 4096
 _LEVELS: Final = list(SandboxLevel)
+# Groups and tags come in sets: twelve that all matter are 4,096 classes in 0.3 s, and each more doubles it.
+_MAX_UNIONS: Final = 1 << 14
 # A witness for "somebody or something that the file does not name".
 OTHER: Final = "undeclared"
 
@@ -326,9 +328,14 @@ def classes(column: Column, shape: Request, keep: int) -> dict[int, object]:
 
 
 def unions(parts: Iterable[tuple[str, int]], base: int, keep: int) -> list[frozenset[str]]:
-    """Return sets of words that stand for all sets: one for each union of their masks within `keep`."""
+    """Return sets of words that stand for all sets: one for each union of their masks within `keep`.
+
+    Raises TooManyGlobs when there are more than can be tried.
+    """
     found: dict[int, frozenset[str]] = {base & keep: frozenset()}
     for word, mask in parts:
+        if len(found) > _MAX_UNIONS:
+            raise TooManyGlobs(f"more than {_MAX_UNIONS:,} combinations of groups, or of tags")
         for union, words in list(found.items()):
             found.setdefault(union | (mask & keep), words | {word})
     return list(found.values())

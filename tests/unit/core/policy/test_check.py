@@ -162,6 +162,10 @@ def test_a_mistake_is_told_with_its_line(text: str, line: int, message: str, hin
         (b"x = " + b"[" * 5000, 1, "TOML"),
         (b"#" * (MAX_BYTES + 1), 1, "262145 bytes"),
         (b"a = 1\r", 1, "TOML"),
+        (b"schema = " + b"1" * 5000, 1, "too many digits"),
+        (b"schema = 0x" + b"f" * 5000, 1, "64 bits"),
+        (b"name = [-9_223_372_036_854_775_809]", 1, "64 bits"),
+        (b"name." + b".".join([b"a"] * 1500) + b" = 1", 1, "nested too deeply"),
     ],
 )
 def test_what_is_no_toml_is_told(data: bytes, line: int, message: str) -> None:
@@ -170,6 +174,16 @@ def test_what_is_no_toml_is_told(data: bytes, line: int, message: str) -> None:
     (problem,) = caught.value.problems
     assert message in problem.message
     assert problem.line == line
+
+
+@pytest.mark.parametrize("key", ["origin", "tag"])
+def test_more_groups_or_tags_than_can_be_combined_are_refused_and_nobody_waits(key: str) -> None:
+    words = [f"w{i}" for i in range(40)]
+    text = 'schema = 1\nname = "p"\n[origins]\n' + "".join(f'{w} = {{ group = "{w}" }}\n' for w in words)
+    text += rule('action = "infer"', 'zone = ["self"]')
+    text += "".join(rule(f'{key} = ["{word}"]', name=word, effect="forbid") for word in words)
+    (problem,) = problems(text)
+    assert "combinations of groups, or of tags" in problem.message
 
 
 def test_all_problems_are_told_at_once_in_order() -> None:
@@ -295,6 +309,14 @@ def test_a_broken_invariant_refuses_the_file_with_a_request(effect: str) -> None
     assert proof.counterexample is not None
     assert describe(proof.counterexample) in problem.hint
     assert not isinstance(evaluate(policy, proof.counterexample), Denied)
+
+
+def test_a_forbid_that_covers_more_rules_does_not_hide_what_it_leaves_open() -> None:
+    """Names like ab1 match more rules, and are forbidden; it is the others that break the invariant."""
+    text = HEAD + rule('action = "infer"', 'zone = "lan"') + rule('zone = "lan"', 'model = "ab*"', name="s")
+    text += rule('model = "ab*"', name="f", effect="forbid")
+    found = problems(text + '[[invariant]]\nid = "i"\nnever = { zone = "lan" }\n')
+    assert ["rule 'r' breaks invariant 'i'" in problem.message for problem in found] == [True]
 
 
 def test_hosts_below_a_suffix_are_told_apart_from_a_named_one() -> None:
