@@ -329,9 +329,11 @@ def _clear_way(above: int, name: str, kind: EntryKind) -> None:
 
 def _mode(above: int, name: str, *, is_executable: bool) -> int:
     """Return the mode of the file that is replaced with the executable bit as it is to be."""
-    try:
-        mode = stat.S_IMODE(os.stat(name, dir_fd=above, follow_symlinks=False).st_mode) & 0o777
-    except FileNotFoundError:
+    mode: int | None = None
+    with suppress(FileNotFoundError):
+        replaced = os.stat(name, dir_fd=above, follow_symlinks=False).st_mode
+        mode = replaced & 0o777 if stat.S_ISREG(replaced) else None  # a link's says that all may write
+    if mode is None:
         mask = os.umask(0o077)
         os.umask(mask)
         mode = 0o666 & ~mask

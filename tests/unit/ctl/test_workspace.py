@@ -357,6 +357,17 @@ def test_a_replaced_file_keeps_its_mode_and_does_not_write_through_a_hard_link(
     assert (tmp_path / "backup").read_text() == "buy milk\n"
 
 
+def test_a_file_that_replaces_a_link_is_not_writable_by_all(home: Path) -> None:
+    (home / "link").symlink_to("notes.txt")
+    before = given(home)
+    mask = os.umask(0o022)
+    try:
+        apply_changes(home, (file("link"),), (), before=before)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((home / "link").lstat().st_mode) == 0o644
+
+
 def test_a_full_disk_says_what_was_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = given(home)
     real = workspace._write_file
