@@ -45,6 +45,7 @@ ORIGINS = {
     "alice": ("user", "alice"),
     "adm": ("group", "adm"),
     "staff": ("group", "staff"),
+    "admins": ("group", "adm"),  # two names for one group
     "tablet": ("key", "tablet"),
     "pi": ("node", "pi"),
     "bot": ("agent", "coder"),

@@ -16,10 +16,11 @@ from mycoswarmd.core.policy.prove import prove
 from mycoswarmd.core.policy.request import facts_of, parse_request
 from mycoswarmd.core.policy.space import Space, Wanted
 from mycoswarmd.core.policy.table import table_of
-from mycoswarmd.core.types import UNKNOWN, Effect, Principal, Request
+from mycoswarmd.core.types import UNKNOWN, Effect, Principal, Request, Start, Zone
 from mycoswarmd.errors import Denied
 from tests.policies import (
     EFFECTS,
+    LABELS,
     PRINCIPALS,
     RANK,
     REQUESTS,
@@ -186,6 +187,8 @@ def test_what_is_decided_can_be_found(policy: Policy, request: Request) -> None:
 @many
 @given(policies(), ANY_REQUEST)
 def test_unknown_facts_never_help(policy: Policy, request: Request) -> None:
+    # An ask that cannot be told does not match (language, point 3), so an allow beside it may then decide.
+    policy = replace(policy, rules=tuple(rule for rule in policy.rules if rule.effect is not Effect.ASK))
     unknown = replace(request, minute_of_day=UNKNOWN, roster_age_s=UNKNOWN, sandbox=UNKNOWN)
     assert RANK[word(evaluate(policy, unknown))] <= RANK[word(evaluate(policy, request))]
 
@@ -220,3 +223,34 @@ def test_globs_with_sets_combine_as_names_show(globs: list[str]) -> None:
     found = {signature(name) for name in shortest_names(globs)}
     names = ("".join(chars) for length in range(1, 4) for chars in product("abcz[]!-", repeat=length))
     assert {signature(name) for name in names} <= found
+
+
+@many
+@given(policies(), sensible_requests(), st.text(alphabet="agpt-4miniq[", max_size=8))
+def test_every_request_lies_at_a_point_that_matches_the_same_rules(
+    policy: Policy, request: Request, model: str
+) -> None:
+    """What the space leaves out, no proof and no warning would know about."""
+    table = table_of(policy)
+    space = Space(policy, table)
+    for one in (request, replace(request, model=model)):
+        mask = table.match(one)
+        if mask and not naive_refusal(policy, one):
+            wanted = Wanted(every=mask, some=mask, none=table.every & ~mask)
+            assert space.find(wanted) is not None, one
+
+
+@many
+@given(policies(), sensible_requests())
+def test_what_a_peer_claims_never_helps_it(policy: Policy, request: Request) -> None:
+    from_peer = replace(request, start=Start.PEER, zone=Zone.SELF, dest=None)
+    proved = replace(from_peer, principal=Principal(node=request.principal.node))
+    assert RANK[word(evaluate(policy, from_peer))] <= RANK[word(evaluate(policy, proved))]
+
+
+@many
+@given(policies(), sensible_requests())
+def test_a_label_that_nobody_knows_counts_as_the_highest(policy: Policy, request: Request) -> None:
+    unheard, highest = (replace(request, label=label) for label in ("unheard-of", LABELS[-1]))
+    assert evaluate(policy, unheard).rule == evaluate(policy, highest).rule
+    assert word(evaluate(policy, unheard)) == word(evaluate(policy, highest))
