@@ -39,7 +39,9 @@ def load_policy(path: Path) -> Checked:
 
 
 def resolve_program(name: str) -> str | None:
-    """Return the file that a program's name stands for, links resolved, or None."""
+    """Return the file that a program's name or absolute path stands for, links resolved, or None."""
+    if "/" in name and not name.startswith("/"):
+        return None  # it would depend on where the node was started
     found = shutil.which(name, path=PROGRAM_PATH)
     return os.path.realpath(found) if found is not None else None
 

@@ -244,3 +244,14 @@ def test_programs_are_those_of_the_system() -> None:
     assert found is not None
     assert Path(found).is_absolute()
     assert resolve_program("no-such-program-anywhere") is None
+    assert resolve_program(found) == found
+
+
+def test_a_program_never_depends_on_where_the_node_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = write(tmp_path / "tool", b"#!/bin/sh\n", 0o755)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_program("./tool") is None
+    assert resolve_program(f"../{tmp_path.name}/tool") is None
+    assert resolve_program(str(tool)) == str(tool)
