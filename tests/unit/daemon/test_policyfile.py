@@ -194,6 +194,22 @@ def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:
         load_policy(write(tmp_path / "policy.toml", data + b"#"))
 
 
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "policy.toml", GOOD)
+    read = os.read
+
+    def grow(fd: int, size: int) -> bytes:
+        data = read(fd, size)
+        write(path, GOOD + b"# more\n")
+        return data
+
+    monkeypatch.setattr(os, "read", grow)
+    with pytest.raises(PolicyInvalid, match="changed while it was read"):
+        load_policy(path)
+
+
 def test_reload_tells_requests_and_clears_the_problem(tmp_path: Path) -> None:
     path = write(tmp_path / "policy.toml", GOOD)
     keeper = keep(path)

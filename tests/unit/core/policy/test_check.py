@@ -329,6 +329,16 @@ def test_hosts_below_a_suffix_are_told_apart_from_a_named_one() -> None:
     assert "dest=web:any-other.example.org" in problem.hint
 
 
+def test_what_is_too_large_to_prove_is_refused_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = HEAD + rule('action = "infer"', 'zone = "lan"') + rule('zone = "lan"', name="f", effect="forbid")
+    text += '[[invariant]]\nid = "i"\nnever = { zone = "lan" }\n'
+    assert [proof.holds for proof in checked(text).proofs] == [True]
+    monkeypatch.setattr("mycoswarmd.core.policy.prove.MAX_POINTS", 0)
+    (problem,) = problems(text)
+    assert "cannot prove anything about" in problem.message
+    assert problem.line == text.splitlines().index("[[invariant]]") + 1
+
+
 def test_too_many_combinations_are_refused_with_advice() -> None:
     globs = ", ".join(f'"*{a}*{b}*{c}*"' for a in "abc" for b in "def" for c in "ghi")
     found = problems(HEAD + rule('action = "infer"', 'zone = "self"', f"model = [{globs}]"))

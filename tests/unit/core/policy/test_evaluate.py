@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mycoswarmd.core.policy.evaluate import Approval, NeedsApproval, Permit, evaluate
-from mycoswarmd.core.policy.model import Conditions, Obligations
+from mycoswarmd.core.policy.model import Conditions, Obligations, Span
 from mycoswarmd.core.policy.request import parse_request
-from mycoswarmd.core.types import Action, Effect, Principal, Request, Start, Zone
+from mycoswarmd.core.types import Action, Effect, Principal, Request, SandboxLevel, Start, Zone
 from mycoswarmd.errors import Denied
 from tests.policies import checked, policy_of, rule_of, word
 
@@ -228,6 +228,9 @@ def test_an_answer_is_for_exactly_what_was_asked_at_any_hour() -> None:
         {"zone": Zone.LAN},
         {"tainted": True},
         {"principal": Principal(user="alice")},
+        {"principal": replace(OWNER, is_owner=False)},
+        {"principal": replace(OWNER, uid=1001)},
+        {"principal": replace(OWNER, groups=frozenset({"adm"}))},
         {"node": "pi"},
         {"action": Action.TASK},
     ]
@@ -247,3 +250,36 @@ def test_nothing_of_a_forbid_needs_a_clock() -> None:
     noon = replace(request, minute_of_day=720)
     policy = policy_of([rule_of(0, Effect.FORBID, hours), rule_of(1, Effect.ALLOW, Conditions())])
     assert word(evaluate(policy, noon)) == "allow"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "change", "expected"),
+    [
+        (Conditions(min_sandbox=SandboxLevel.REDUCED), {"sandbox": SandboxLevel.NONE}, "deny"),
+        (Conditions(min_sandbox=SandboxLevel.REDUCED), {"sandbox": SandboxLevel.REDUCED}, "allow"),
+        (Conditions(min_sandbox=SandboxLevel.REDUCED), {"sandbox": SandboxLevel.FULL}, "allow"),
+        (Conditions(min_sandbox=SandboxLevel.NONE), {}, "deny"),
+        (Conditions(roster_age=Span(high=60)), {"roster_age_s": 60}, "allow"),
+        (Conditions(roster_age=Span(high=60)), {"roster_age_s": 61}, "deny"),
+        (Conditions(roster_age=Span(low=60)), {"roster_age_s": 59}, "deny"),
+        (Conditions(roster_age=Span(low=60)), {"roster_age_s": 60}, "allow"),
+        (Conditions(roster_age=Span(low=60)), {}, "deny"),
+        (Conditions(hours=((1320, 360),)), {"minute_of_day": 1320}, "allow"),
+        (Conditions(hours=((1320, 360),)), {"minute_of_day": 359}, "allow"),
+        (Conditions(hours=((1320, 360),)), {"minute_of_day": 360}, "deny"),
+        (Conditions(hours=((1320, 1440),)), {"minute_of_day": 0}, "deny"),
+        (Conditions(tag=("g*",)), {"tags": frozenset({"slow", "gpu"})}, "allow"),
+        (Conditions(tag=("g*",)), {"tags": frozenset({"slow"})}, "deny"),
+        (Conditions(tag=("g*",)), {}, "deny"),
+        (Conditions(model=("*",)), {}, "deny"),
+        (Conditions(tainted=False), {"tainted": True}, "deny"),
+        (Conditions(tainted=False), {}, "allow"),
+        (Conditions(tier=("small",)), {"tier": "large"}, "deny"),
+        (Conditions(tier=("small",)), {"tier": "small"}, "allow"),
+    ],
+)
+def test_conditions_hold_at_their_edges_only(
+    conditions: Conditions, change: dict[str, Any], expected: str
+) -> None:
+    request = replace(Request(action=Action.INFER, principal=OWNER), **change)
+    assert word(evaluate(policy_of([rule_of(0, Effect.ALLOW, conditions)]), request)) == expected
