@@ -4,25 +4,14 @@ Heavy modules are loaded by the command that needs them, so that --help answers 
 """
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
-import typer
-
 from mycoswarmd import __version__
+from mycoswarmd.ctl.plain import make_app, typer
 from mycoswarmd.errors import MycoswarmError
 
-os.environ.setdefault("TYPER_USE_RICH", "0")
-
-app = typer.Typer(
-    name="mycoswarmd",
-    help="Run a node: the policy decides where prompts go and what agents may do.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = make_app("Run a node: the policy decides where prompts go and what agents may do.")
 
 _STATE = typer.Option(None, "--state", metavar="DIR", help="Keep everything under DIR, the socket too.")
 _CONFIG = typer.Option(
