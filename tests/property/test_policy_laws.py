@@ -3,6 +3,7 @@
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import product
+from pathlib import Path
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,13 +18,14 @@ from mycoswarmd.core.policy.request import facts_of, parse_request
 from mycoswarmd.core.policy.space import Space, Wanted
 from mycoswarmd.core.policy.table import table_of
 from mycoswarmd.core.types import UNKNOWN, Effect, Principal, Request, Start, Zone
-from mycoswarmd.errors import Denied
+from mycoswarmd.errors import Denied, PolicyInvalid
 from tests.policies import (
     EFFECTS,
     LABELS,
     PRINCIPALS,
     RANK,
     REQUESTS,
+    checked,
     conditions,
     naive_decision,
     naive_match,
@@ -254,3 +256,19 @@ def test_a_label_that_nobody_knows_counts_as_the_highest(policy: Policy, request
     unheard, highest = (replace(request, label=label) for label in ("unheard-of", LABELS[-1]))
     assert evaluate(policy, unheard).rule == evaluate(policy, highest).rule
     assert word(evaluate(policy, unheard)) == word(evaluate(policy, highest))
+
+
+_SAMPLE = (Path(__file__).parents[2] / "policy" / "profiles" / "family.toml").read_text()
+
+
+@fewer
+@given(st.integers(0, len(_SAMPLE)), st.integers(0, 60), st.text(alphabet="[]{}\"'=#\n,.a1 é\0", max_size=6))
+def test_any_damage_to_a_file_is_refused_or_still_a_whole_policy(at: int, gone: int, new: str) -> None:
+    try:
+        found = checked(_SAMPLE[:at] + new + _SAMPLE[at + gone :])
+    except PolicyInvalid as exc:
+        assert exc.problems
+        assert all(problem.line >= 1 and problem.message.startswith("cannot ") for problem in exc.problems)
+        return
+    assert all(proof.holds for proof in found.proofs)
+    assert all(test.passed for test in found.tests)
