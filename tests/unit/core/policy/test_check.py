@@ -370,3 +370,14 @@ def test_large_policies_are_checked_in_reasonable_time() -> None:
         {"action": "infer", "model": "vendor0-x", "origin": {"group": "g0"}, "hour": "01:30"}, found.policy
     )
     assert isinstance(evaluate(found.policy, request), Permit)
+
+
+def test_more_than_a_thousand_rules_are_refused() -> None:
+    def shortest(count: int) -> str:
+        each = '[[rule]]\nid="r{}"\nwhy="w"\neffect="forbid"\nzone="lan"\n'
+        return 'schema = 1\nname = "p"\n' + "".join(each.format(number) for number in range(count))
+
+    (problem,) = problems(shortest(1001))
+    assert problem.message == "cannot use 1001 rules"
+    assert problem.line == 3
+    assert len(checked(shortest(1000)).policy.rules) == 1000

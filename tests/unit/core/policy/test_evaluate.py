@@ -283,3 +283,11 @@ def test_conditions_hold_at_their_edges_only(
 ) -> None:
     request = replace(Request(action=Action.INFER, principal=OWNER), **change)
     assert word(evaluate(policy_of([rule_of(0, Effect.ALLOW, conditions)]), request)) == expected
+
+
+@pytest.mark.parametrize("effect", list(Effect))
+def test_of_rules_that_say_the_same_the_order_never_decides(effect: Effect) -> None:
+    rules = [rule_of(number, effect, Conditions()) for number in range(3)]
+    request = Request(action=Action.ADMIN, principal=OWNER)
+    for some in (rules, rules[::-1], [rules[1], rules[2], rules[0]]):
+        assert evaluate(policy_of(some), request).rule == "r0"

@@ -185,6 +185,8 @@ def test_what_is_not_said_is_unknown_or_absent() -> None:
         ({"action": "infer", "origin": {"group": 3}}, "origin", ""),
         ({"action": "infer", "origin": {"owner": "yes"}}, "origin", ""),
         ({"action": "infer", "origin": 3}, "origin", ""),
+        ({"action": "infer", "origin": {"user": "a", "key": "b"}}, "origin", ""),
+        ({"action": "infer", "origin": {"node": "a", "group": "b"}}, "origin", ""),
         ({"action": "infer", "sandbox": "best"}, "sandbox", ""),
     ],
 )
