@@ -18,7 +18,7 @@ from mycoswarmd.core.policy.request import facts_of, parse_request
 from mycoswarmd.core.policy.space import Space, Wanted
 from mycoswarmd.core.policy.table import table_of
 from mycoswarmd.core.types import UNKNOWN, Effect, Principal, Request, Start, Zone
-from mycoswarmd.errors import Denied, PolicyInvalid
+from mycoswarmd.errors import Denied, PolicyInvalid, Problem
 from tests.policies import (
     EFFECTS,
     LABELS,
@@ -264,11 +264,14 @@ _SAMPLE = (Path(__file__).parents[2] / "policy" / "profiles" / "family.toml").re
 @fewer
 @given(st.integers(0, len(_SAMPLE)), st.integers(0, 60), st.text(alphabet="[]{}\"'=#\n,.a1 é\0", max_size=6))
 def test_any_damage_to_a_file_is_refused_or_still_a_whole_policy(at: int, gone: int, new: str) -> None:
+    problems: tuple[Problem, ...] = ()
     try:
         found = checked(_SAMPLE[:at] + new + _SAMPLE[at + gone :])
     except PolicyInvalid as exc:
-        assert exc.problems
-        assert all(problem.line >= 1 and problem.message.startswith("cannot ") for problem in exc.problems)
+        problems = exc.problems
+    else:
+        assert all(proof.holds for proof in found.proofs)
+        assert all(test.passed for test in found.tests)
         return
-    assert all(proof.holds for proof in found.proofs)
-    assert all(test.passed for test in found.tests)
+    assert problems
+    assert all(problem.line >= 1 and problem.message.startswith("cannot ") for problem in problems)
