@@ -1,6 +1,5 @@
 """The control interface under /api: what mycoswarmctl does. Local callers only."""
 
-import asyncio
 import hashlib
 import json
 import re
@@ -67,10 +66,10 @@ async def models(call: Call) -> StreamResponse:
 async def put_blob(call: Call) -> StreamResponse:
     """Store a workspace under its hash, for someone who may post some task."""
     claimed = call.path["sha256"]
-    actual = await asyncio.to_thread(lambda: hashlib.sha256(call.untrusted_body).hexdigest())
-    if not _SHA256.fullmatch(claimed) or claimed != actual:
-        raise BadRequest("wrong-hash", "cannot store this: the body does not have the hash in the path")
-    return json_answer({"sha256": await call.services.blobs.put(call.untrusted_body)})
+    if not _SHA256.fullmatch(claimed):
+        raise BadRequest("wrong-hash", "cannot store this: the path does not end with a sha256 in hex")
+    sha256 = await call.services.blobs.put(call.untrusted_body, expect_sha256=claimed)
+    return json_answer({"sha256": sha256})
 
 
 async def submit(call: Call) -> StreamResponse:
@@ -253,7 +252,7 @@ async def explain(call: Call) -> StreamResponse:
     """Say what would be decided, by which rule, and what each other rule lacked."""
     body = call.json()
     in_force = call.services.policy.policy
-    request = parse_request(body, in_force)
+    request = parse_request(body, in_force, speaker=call.principal)
     if request.action is not Action.INFER or "zone" in body or request.model is None:
         return json_answer(explain_request(in_force, request).as_json())
     weighed = _weigh(call, request)

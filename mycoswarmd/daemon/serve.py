@@ -41,8 +41,11 @@ def run_forever(
     )
     try:
         asyncio.run(_serve(settings))
-    except* MycoswarmError as group:
-        raise _first(group) from None
+    except ExceptionGroup as group:
+        deliberate = group.subgroup(MycoswarmError)
+        if deliberate is None:
+            raise
+        raise _first(deliberate) from None
 
 
 async def _serve(settings: Settings) -> None:
@@ -98,9 +101,8 @@ def check(*, state: Path | None, config: Path | None, policy: Path | None, liste
     )
 
 
-def _first(group: BaseExceptionGroup[MycoswarmError]) -> MycoswarmError:
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    found: Exception = group
+    while isinstance(found, ExceptionGroup):
         found = found.exceptions[0]
-    assert isinstance(found, MycoswarmError)
     return found

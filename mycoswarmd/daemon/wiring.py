@@ -138,12 +138,12 @@ class ReceiptDesk:
 async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
     """Run a node while the context lasts; it is ready when the context is entered."""
     clock, entropy = SystemClock(), SystemEntropy()
-    for directory in (settings.state_dir, settings.runtime_dir, settings.models_dir, settings.engine_dir):
-        _make_directory(directory)
     async with AsyncExitStack() as stack:
         db = Database(settings.state_dir / "mycoswarm.db")
-        await db.open()
+        await db.open()  # makes the state directory, or refuses it; nothing is put into one that is refused
         stack.push_async_callback(db.close)
+        for directory in (settings.runtime_dir, settings.models_dir, settings.engine_dir):
+            _make_directory(directory)
         receipts = SqliteReceiptLog(db, now_ms=clock.now_ms)
         await receipts.load()
         stack.push_async_callback(receipts.head)  # at the end, write what nobody waited for
@@ -227,10 +227,11 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         api = Api(services, Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid()))
         background = {"receipts": receipts.run, "keys": keys.run, "tasks": tasks.run, "gpus": look_at_gpus}
         background |= {f"engine:{engine.name}": engine.run for engine in engines}
+        listeners = _listeners(settings)  # what cannot be bound is said before anything runs
         await stack.enter_async_context(_in_background(background))
         await policy_desk.record("started")
         await stack.enter_async_context(api.begun())
-        for sock, listener in _listeners(settings):
+        for sock, listener in listeners:
             await stack.enter_async_context(api.listening(sock, listener))
         yield policy_desk
 

@@ -8,6 +8,7 @@ Everything that comes out of the cage is untrusted and bounded.
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 
@@ -33,6 +34,8 @@ from mycoswarmd.wire.jsonv import get_bool, get_int, get_object, get_str
 from mycoswarmd.wire.openai import parse_chat
 from mycoswarmd.wire.prompt import Answer, Prompt
 from mycoswarmd.wire.workspace import read_workspace
+
+log = logging.getLogger(__name__)
 
 # What the transcript keeps of one text; the whole is in the changes or was in the cage.
 _TEXT_BYTES = 4096
@@ -317,6 +320,8 @@ class Attempt:
         if isinstance(outcome, Denied):
             await self._note("decision", {**said, **_no(outcome)})
             return _refused(number, outcome.code, outcome.message, rule=outcome.rule)
+        if outcome.limits.log:
+            log.info("rule %s allows %s to %s, receipt %s", outcome.rule, tool, self.task.id, receipt)
         await self._note("decision", {**said, "decision": "allow", "rule": outcome.rule, "why": ""})
         if TOOLS[tool].untrusted_input and not self.speaker.tainted:
             await self._taint(tool)

@@ -6,6 +6,7 @@ Fail-over happens only before the first byte and only inside the same Permit. No
 enters facts, receipts, logs or errors.
 """
 
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, NotFound, Unav
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.ports import Clock, Engine, ModelInfo, Receipt, ReceiptLog, UsageStore
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, Usage
+
+log = logging.getLogger(__name__)
 
 # Bound on what is remembered of a name that nobody serves, for messages.
 _NAME_SHOWN = 80
@@ -151,6 +154,9 @@ class Prompts:
         receipt = self._record(speaker, prompt, permit.request, "allow", permit.rule, permit.policy_sha256)
         if permit.request.zone is not Zone.SELF:
             await self._receipts.durable(receipt)
+        if permit.limits.log:
+            who = speaker.principal.describe()
+            log.info("rule %s allows %s a prompt, receipt %s", permit.rule, who, receipt.id)
         engines = [
             self._engines[why.candidate.engine]
             for why in weighed

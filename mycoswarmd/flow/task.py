@@ -136,6 +136,8 @@ class Tasks:
             agent=spec.agent,
             model=spec.model,
             node=self._prompts.node.name,
+            tags=self._prompts.node.tags,
+            tier=self._prompts.node.tier,
             sandbox=self._prompts.node.sandbox,
         )
         outcome = evaluate(policy, request)

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from mycoswarmd.core.policy.check import check_policy
-
 from mycoswarmd.core.policy.evaluate import evaluate
 from mycoswarmd.core.types import Action, Principal, Request, Zone
 
