@@ -62,7 +62,11 @@ class Doorman:
         sock = transport.get_extra_info("socket") if transport is not None else None
         if sock is None:
             raise Unauthenticated("no-credentials", "cannot tell who is calling: the connection is gone")
-        _pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if pid == os.getpid():
+            # An engine that puts a link to our socket in place of its own would have us ask ourselves,
+            # and be the owner.
+            raise Unauthenticated("own-call", "cannot answer this node's own call")
         user, groups = _user_and_groups(uid, gid, int(self._clock.monotonic_s()) // _GROUPS_KEPT_S)
         is_owner = uid in {0, self._own_uid} or OWNER_GROUP in groups
         return Principal(is_owner=is_owner, uid=uid, user=user, groups=groups)

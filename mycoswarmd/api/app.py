@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from aiohttp import web
@@ -126,8 +127,9 @@ class Api:
     def _may_post_something(self, principal: Principal) -> None:
         """Raise Denied for someone whom the policy lets post no task at all."""
         policy = self._services.policy.policy
+        known = self._services.prompts.here_and_now(Request(action=Action.TASK, principal=principal))
         outcomes = [
-            evaluate(policy, Request(action=Action.TASK, principal=principal, agent=agent, label=label))
+            evaluate(policy, replace(known, agent=agent, label=label))
             for agent in (policy.agents if policy is not None else ())
             for label in (policy.labels.order if policy is not None else ())
         ]
@@ -146,7 +148,7 @@ class Api:
                 return
         outcome = evaluate(
             self._services.policy.policy,
-            Request(action=Action.ADMIN, principal=principal, node=self._services.prompts.node.name),
+            self._services.prompts.here_and_now(Request(action=Action.ADMIN, principal=principal)),
         )
         if isinstance(outcome, Permit):
             return

@@ -326,7 +326,7 @@ async def receipts_verify(call: Call) -> StreamResponse:
 
 
 def _administers(call: Call) -> bool:
-    request = Request(action=Action.ADMIN, principal=call.principal)
+    request = call.services.prompts.here_and_now(Request(action=Action.ADMIN, principal=call.principal))
     return isinstance(evaluate(call.services.policy.policy, request), Permit)
 
 

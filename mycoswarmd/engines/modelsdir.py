@@ -48,7 +48,7 @@ def scan(directory: Path, known: tuple[ModelFile, ...]) -> tuple[ModelFile, ...]
     for name in names:
         path = directory / name
         stem = name.removesuffix(_SUFFIX)
-        if not stem or not stem.isprintable() or len(stem) > MAX_NAME_CHARS:
+        if not stem or stem.startswith(".") or not stem.isprintable() or len(stem) > MAX_NAME_CHARS:
             continue
         try:
             status = path.stat()

@@ -17,7 +17,7 @@ from mycoswarmd.core.policy.model import AgentProfile, Policy
 from mycoswarmd.core.policy.rights import compile_rights
 from mycoswarmd.core.policy.tools import TOOLS
 from mycoswarmd.core.tasks import Task, TaskState
-from mycoswarmd.core.types import UNKNOWN, Action, Request
+from mycoswarmd.core.types import Action, Request
 from mycoswarmd.errors import BadRequest, CageError, Denied, EngineError, MycoswarmError, Unavailable
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.ports import (
@@ -28,7 +28,7 @@ from mycoswarmd.flow.ports import (
     ReceiptLog,
     TaskStore,
 )
-from mycoswarmd.flow.prompt import Node, Prompts, Routed, Speaker
+from mycoswarmd.flow.prompt import Prompts, Routed, Speaker
 from mycoswarmd.wire.frames import MAX_PAYLOAD_BYTES, Frame, FrameType
 from mycoswarmd.wire.jsonv import get_bool, get_int, get_object, get_str
 from mycoswarmd.wire.openai import parse_chat
@@ -79,25 +79,19 @@ class Tools:
     policy: Callable[[], Policy | None]
     desk: ApprovalDesk
     receipts: ReceiptLog
-    clock: Clock
-    node: Node
+    here_and_now: Callable[[Request], Request]
 
     def request(self, speaker: Speaker, tool: str) -> Request:
         """Gather the facts for one tool call."""
-        minute = self.clock.minute_of_day()
-        return Request(
+        facts = Request(
             action=Action.TOOL,
             principal=speaker.principal,
             label=speaker.label,
             tainted=speaker.tainted,
             agent=speaker.principal.agent,
             tool=tool,
-            node=self.node.name,
-            tags=self.node.tags,
-            tier=self.node.tier,
-            minute_of_day=UNKNOWN if minute is None else minute,
-            sandbox=self.node.sandbox,
         )
+        return self.here_and_now(facts)
 
     async def decide(
         self, speaker: Speaker, tool: str, arguments_sha256: str

@@ -84,19 +84,27 @@ class Prompts:
 
     def request(self, speaker: Speaker, *, model: str, zone: Zone, dest: str | None) -> Request:
         """Gather the facts that a decision about this prompt rests on."""
-        minute = self._clock.minute_of_day()
-        return Request(
+        facts = Request(
             action=Action.INFER,
             principal=speaker.principal,
             zone=zone,
             label=speaker.label,
             model=model,
             dest=dest,
-            node=self.node.name if zone is Zone.SELF else None,
-            tags=self.node.tags if zone is Zone.SELF else frozenset(),
-            tier=self.node.tier if zone is Zone.SELF else None,
             agent=speaker.principal.agent,
             tainted=speaker.tainted,
+        )
+        return self.here_and_now(facts)
+
+    def here_and_now(self, request: Request) -> Request:
+        """Add what this node knows of itself and of the time; the one place for every action."""
+        minute = self._clock.minute_of_day()
+        is_here = request.zone is Zone.SELF
+        return replace(
+            request,
+            node=self.node.name if is_here else None,
+            tags=self.node.tags if is_here else frozenset(),
+            tier=self.node.tier if is_here else None,
             minute_of_day=UNKNOWN if minute is None else minute,
             roster_age_s=UNKNOWN,  # this node is in no swarm yet
             sandbox=self.node.sandbox,

@@ -135,12 +135,8 @@ class Tasks:
             label=spec.label,
             agent=spec.agent,
             model=spec.model,
-            node=self._prompts.node.name,
-            tags=self._prompts.node.tags,
-            tier=self._prompts.node.tier,
-            sandbox=self._prompts.node.sandbox,
         )
-        outcome = evaluate(policy, request)
+        outcome = evaluate(policy, self._prompts.here_and_now(request))
         decision = "allow" if isinstance(outcome, Permit) else "deny"
         if isinstance(outcome, NeedsApproval):
             decision = "ask"
@@ -279,7 +275,7 @@ class Tasks:
                     policy=self._policy,
                     prompts=self._prompts,
                     speaker=speaker,
-                    tools=Tools(self._policy, self._desk, self._receipts, self._clock, self._prompts.node),
+                    tools=Tools(self._policy, self._desk, self._receipts, self._prompts.here_and_now),
                     store=self._store,
                     blobs=self._blobs,
                     receipts=self._receipts,

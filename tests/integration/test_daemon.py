@@ -458,3 +458,32 @@ def test_another_user_of_the_machine_sees_and_answers_nothing(state: Path, engin
         assert not any("a.txt" in text for _, text in answers)
         assert daemon.call("POST", f"/api/approvals/{task_id}", {"approve": True}).status == 200
         daemon.wait_task(task_id, "succeeded")
+
+
+def test_a_node_does_not_ask_itself(state: Path) -> None:
+    """An engine's socket that leads back to the node would make the engine the owner."""
+    text = f'managed_engine = false\n[engines.up]\nkind = "openai"\nurl = "unix:{state}/run/api.sock"\n'
+    write_private(state / "mycoswarm.toml", text)
+    with node(state) as daemon:
+        for _ in range(100):
+            if daemon.call("GET", "/api/status").json["engines"][0]["state"] == "down":
+                break
+            time.sleep(0.05)
+        engine = daemon.call("GET", "/api/status").json["engines"][0]
+        assert (engine["state"], engine["models"]) == ("down", 0)
+
+
+def test_rules_about_the_machine_and_the_hour_hold_for_tasks_and_administration(state: Path) -> None:
+    always = '[[rule]]\nid = "hour"\nwhy = "at every hour"\neffect = "allow"\naction = ["task", "admin"]\n'
+    hours = 'hours = ["00:00-12:00", "12:00-24:00"]\n'
+    text = POLICY.replace('["infer", "task", "admin"]', '["infer"]') + always + hours
+    write_private(state / "policy.toml", text)
+    with node(state) as daemon:
+        tier = daemon.call("GET", "/api/status").json["host"]["tier"]
+        assert daemon.call("GET", "/api/receipts").status == 200
+        assert daemon.call("POST", "/api/tasks", {"prompt": "x", "agent": "scribe"}).status == 202
+        forbid = '[[rule]]\nid = "not-here"\nwhy = "no tasks on this kind of machine"\neffect = "forbid"\n'
+        write_private(state / "policy.toml", f'{text}{forbid}action = ["task"]\ntier = ["{tier}"]\n')
+        assert daemon.call("POST", "/api/policy/reload", {}).status == 200
+        answer = daemon.call("POST", "/api/tasks", {"prompt": "x", "agent": "scribe"})
+        assert (answer.status, answer.json["error"]["rule"]) == (403, "not-here")
