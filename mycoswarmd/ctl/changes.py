@@ -13,7 +13,7 @@ from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import count, size
 from mycoswarmd.ctl.session import Session
 from mycoswarmd.ctl.workspace import apply_changes, pack_directory
-from mycoswarmd.errors import BadRequest
+from mycoswarmd.errors import BadRequest, Conflict
 from mycoswarmd.wire.patch import make_patch
 from mycoswarmd.wire.workspace import Entry, overlay, read_workspace
 
@@ -60,6 +60,9 @@ def apply_task(session: Session, task: Doc, directory: Path, *, yes: bool) -> Se
 
 def _changes(session: Session, task: Doc) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     untrusted = session.client.get_bytes(f"{_path(task)}/changes")
+    if untrusted and hashlib.sha256(untrusted).hexdigest() != task.get("changes"):
+        # What is applied is what was shown: the hash came with the task, before the patch.
+        raise Conflict("changed-meanwhile", "cannot use the changes: the task has others by now")
     deleted = task.get("deleted")
     paths = tuple(str(path) for path in deleted) if isinstance(deleted, list) else ()
     return (read_workspace(untrusted) if untrusted else ()), paths

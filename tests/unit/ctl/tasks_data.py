@@ -1,5 +1,6 @@
 """Tasks and transcripts as the daemon sends them."""
 
+import hashlib
 from typing import Any
 
 from mycoswarmd.wire.workspace import Entry, EntryKind, write_workspace
@@ -31,7 +32,7 @@ def task(**fields: object) -> dict[str, Any]:
         "prompt": "summarise",
         "summary": "I wrote it.",
         "workspace": "aa" * 32,
-        "changes": "bb" * 32,
+        "changes": hashlib.sha256(write_workspace(CHANGES)).hexdigest(),
         "deleted": ["old.txt"],
         **fields,
     }

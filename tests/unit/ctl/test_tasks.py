@@ -258,3 +258,9 @@ def test_a_transcript_that_is_cut_is_no_success(node: FakeNode) -> None:
     serve_task(node)
     node.on("GET", f"/api/tasks/{ID}/events", events(TRANSCRIPT[0], cut=True))
     assert ctl(node, "logs", ID).code == 4
+
+
+def test_changes_that_are_not_the_ones_shown_are_refused(node: FakeNode, tmp_path: Path) -> None:
+    serve_task(node, changes="bb" * 32)
+    assert ctl(node, "apply", ID, "--workspace", str(tmp_path), "--yes").code == 1
+    assert not (tmp_path / "new.txt").exists()
