@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +21,15 @@ class Gpus:
     detail: str
 
 
+# Where a driver shows itself: on its own machine, in a container, under WSL. Without one, the library
+# need not be loaded: several MB on a box that has no GPU.
+_TRACES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
+
+
 def read_gpus() -> Gpus:
     """List the machine's NVIDIA GPUs."""
+    if not any(trace.exists() for trace in _TRACES):
+        return Gpus(found=(), detail="no NVIDIA driver")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the pynvml package announces its own renaming
         try:
