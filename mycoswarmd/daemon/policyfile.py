@@ -4,6 +4,7 @@ Law: a file that others could have written is not read; a file that does not che
 policy in force; with nothing valid at all, everything is denied (`policy` is None).
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -61,9 +62,11 @@ def read_safely(path: Path) -> bytes:
             after = os.fstat(fd)
         finally:
             os.close(fd)
-    except (OSError, RuntimeError) as exc:  # pathlib raises RuntimeError for a loop of links
-        why = getattr(exc, "strerror", None) or "its links go in a circle"
-        raise _refused(path, why.lower(), f"check it with: mycoswarmctl policy check {path}") from exc
+    except (OSError, RuntimeError) as exc:
+        # For a loop of links pathlib raises RuntimeError, and from Python 3.13 on an OSError.
+        is_loop = isinstance(exc, RuntimeError) or exc.errno == errno.ELOOP
+        why = "its links go in a circle" if is_loop else (exc.strerror or "it cannot be read").lower()
+        raise _refused(path, why, f"check it with: mycoswarmctl policy check {path}") from exc
     if (after.st_size, after.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns) or len(data) != facts.st_size:
         raise _refused(path, "it changed while it was read", "write a new file and rename it over this one")
     return data
