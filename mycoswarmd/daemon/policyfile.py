@@ -64,8 +64,9 @@ def read_safely(path: Path) -> bytes:
             os.close(fd)
     except (OSError, RuntimeError) as exc:
         # For a loop of links pathlib raises RuntimeError, and from Python 3.13 on an OSError.
-        is_loop = isinstance(exc, RuntimeError) or exc.errno == errno.ELOOP
-        why = "its links go in a circle" if is_loop else (exc.strerror or "it cannot be read").lower()
+        why = "its links go in a circle"
+        if isinstance(exc, OSError) and exc.errno != errno.ELOOP:
+            why = (exc.strerror or "it cannot be read").lower()
         raise _refused(path, why, f"check it with: mycoswarmctl policy check {path}") from exc
     if (after.st_size, after.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns) or len(data) != facts.st_size:
         raise _refused(path, "it changed while it was read", "write a new file and rename it over this one")
