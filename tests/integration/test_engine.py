@@ -103,8 +103,7 @@ async def test_closing_a_stream_stops_the_engines_work(embedded_engine: Path) ->
         async with aclosing(engine.stream(permit_for(MODEL), prompt)) as stream:
             await anext(stream)
         assert engine.health().running == 0
-        busy = await cpu_s(engine)
-        assert busy < 0.5  # 3,000 tokens would take half a minute
+        assert await falls_quiet(engine)
 
         task = asyncio.ensure_future(
             engine.complete(permit_for(MODEL), chat("Write a very long story.", max_tokens=3000))
@@ -115,7 +114,15 @@ async def test_closing_a_stream_stops_the_engines_work(embedded_engine: Path) ->
         with pytest.raises(asyncio.CancelledError):
             await task
         assert engine.health().running == 0
-        assert await cpu_s(engine) < 0.5
+        assert await falls_quiet(engine)
+
+
+async def falls_quiet(engine: ManagedLlama) -> bool:
+    """Tell whether the engine stops long before 3,000 tokens could be done, which take half a minute."""
+    for _ in range(6):
+        if await cpu_s(engine) < 0.5:
+            return True
+    return False
 
 
 async def cpu_s(engine: ManagedLlama) -> float:
