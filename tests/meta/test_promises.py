@@ -23,8 +23,11 @@ def test_every_promise_is_in_the_threat_model() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "policy").rglob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        for target, anchor in re.findall(r"\]\((?!https?:|#)([^)#]+)#?([^)]*)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(), re.MULTILINE)
+                assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, (page, anchor)
 
 
 def test_nothing_is_left_for_later() -> None:
