@@ -7,9 +7,10 @@ enters facts, receipts, logs or errors.
 """
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from mycoswarmd.core.placement import Candidate, order
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
@@ -21,6 +22,8 @@ from mycoswarmd.flow.ports import Clock, Engine, ModelInfo, Receipt, ReceiptLog,
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, Usage
 
 log = logging.getLogger(__name__)
+
+Whole = TypeVar("Whole", Answer, Embeddings)
 
 # Bound on what is remembered of a name that nobody serves, for messages.
 _NAME_SHOWN = 80
@@ -348,23 +351,17 @@ class Routed:
 
     async def complete(self) -> Answer:
         """Return the whole answer."""
-        with self._ending():
-            for engine in self._engines_in_turn():
-                try:
-                    answer = await engine.complete(self.permit, self.prompt)
-                except MycoswarmError as exc:
-                    self._try_next_or_raise(engine, exc)
-                else:
-                    await self._spend(answer.usage)
-                    return answer
-        raise AssertionError
+        return await self._first_answer(lambda engine: engine.complete(self.permit, self.prompt))
 
     async def embed(self) -> Embeddings:
         """Return one vector for each input."""
+        return await self._first_answer(lambda engine: engine.embed(self.permit, self.prompt))
+
+    async def _first_answer(self, ask: Callable[[Engine], Awaitable[Whole]]) -> Whole:
         with self._ending():
             for engine in self._engines_in_turn():
                 try:
-                    answer = await engine.embed(self.permit, self.prompt)
+                    answer = await ask(engine)
                 except MycoswarmError as exc:
                     self._try_next_or_raise(engine, exc)
                 else:
@@ -382,11 +379,18 @@ class Routed:
                     except MycoswarmError as exc:
                         self._try_next_or_raise(engine, exc)
                         continue
-                    yield delta
-                    async for delta in deltas:  # from here on there is no going back
-                        if isinstance(delta, Usage):
-                            await self._spend(delta)
+                    pieces, is_counted = 1, False
+                    try:
                         yield delta
+                        async for delta in deltas:  # from here on there is no going back
+                            pieces += 1
+                            if isinstance(delta, Usage):
+                                is_counted = True
+                                await self._spend(delta)
+                            yield delta
+                    finally:
+                        if not is_counted:  # left early: a piece is about a token, and it was spent
+                            await self._spend(Usage(0, pieces))
                     return
 
     def _engines_in_turn(self) -> Iterator[Engine]:

@@ -485,3 +485,28 @@ def test_rules_about_the_machine_and_the_hour_hold_for_tasks_and_administration(
         assert daemon.call("POST", "/api/policy/reload", {}).status == 200
         answer = daemon.call("POST", "/api/tasks", {"prompt": "x", "agent": "scribe"})
         assert (answer.status, answer.json["error"]["rule"]) == (403, "not-here")
+
+
+def test_leaving_early_does_not_avoid_the_daily_limit(state: Path) -> None:
+    text = POLICY + "limit = { tokens_per_day = 5 }\n"
+    write_private(state / "policy.toml", text)
+    body = json.dumps(
+        {"model": "slow", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    ).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with node(state) as daemon:
+        daemon.wait_for_models()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(daemon.socket))
+            sock.sendall(head + body)
+            received = b""
+            while received.count(b"data: ") < 8:
+                received += sock.recv(65536)
+        for _ in range(100):
+            rows = daemon.call("GET", "/api/receipts?last=3").json["receipts"]
+            if any(row["kind"] == "outcome" for row in rows):
+                break
+            time.sleep(0.05)
+        again = {"model": "ok", "messages": [{"role": "user", "content": "hi"}]}
+        answer = daemon.call("POST", "/v1/chat/completions", again)
+        assert (answer.status, answer.json["error"]["code"]) == (403, "over-limit")
