@@ -62,24 +62,35 @@ class SandboxLevel(StrEnum):
     FULL = "full"
 
 
+class Role(StrEnum):
+    """What the roster says that a key may be. A signer is a node that also holds a signing key."""
+
+    NODE = "node"
+    OPERATOR = "operator"
+    SIGNER = "signer"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who is speaking, as the transport proved it. At most one of user, key, node, agent is set.
+    """Who is speaking, as the transport proved it. At most one of user, key, node, operator, agent is set.
 
-    An agent that works for the owner is not the owner: its principal is `agent` alone.
+    An agent that works for the owner is not the owner: its principal is `agent` alone. An operator is the
+    owner at another machine: a signer admitted that key as such.
     """
 
-    is_owner: bool = False  # uid 0, the daemon's uid, or a member of group mycoswarm
+    is_owner: bool = False  # uid 0, the daemon's uid, a member of group mycoswarm, or an operator
     uid: int | None = None
     user: str | None = None
     groups: frozenset[str] = frozenset()
     key: str | None = None  # the name of an API key
-    node: str | None = None  # a roster id; issue of identity, later
+    node: str | None = None  # the roster's name for the key that was proved
+    node_id: str | None = None  # and its id
+    operator: str | None = None  # the roster's name for a person's key
     agent: str | None = None
 
     def describe(self) -> str:
         """Name the speaker in one word for receipts and lists, such as `user:alice`."""
-        for kind in ("agent", "key", "node", "user"):
+        for kind in ("agent", "key", "node", "operator", "user"):
             value = getattr(self, kind)
             if value is not None:
                 return f"{kind}:{value}"
