@@ -21,6 +21,9 @@ _POLICY = typer.Option(None, "--policy", metavar="FILE", help="Policy; default /
 _LISTEN = typer.Option(
     None, "--listen", metavar="HOST:PORT", help="Loopback address for programs with an API key."
 )
+_SWARM = typer.Option(
+    None, "--swarm-listen", metavar="HOST:PORT", help="Address for the swarm; default [::]:7437; or none."
+)
 _NO_LISTEN = typer.Option(False, "--no-listen", help="Serve on the unix socket only.")
 _LOG = typer.Option("info", "--log-level", metavar="LEVEL", help="debug, info, warning or error.")
 
@@ -32,6 +35,7 @@ def run(
     policy: Path = _POLICY,
     listen: str = _LISTEN,
     no_listen: bool = _NO_LISTEN,
+    swarm_listen: str = _SWARM,
     log_level: str = _LOG,
 ) -> None:
     """Run a node in the foreground until it is told to stop (SIGTERM, Ctrl-C); SIGHUP reloads the policy."""
@@ -41,6 +45,7 @@ def run(
         config=config,
         policy=policy,
         listen="none" if no_listen else listen,
+        swarm_listen=swarm_listen,
         log_level=log_level,
     )
 

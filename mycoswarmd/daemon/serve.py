@@ -25,7 +25,13 @@ _LEVELS = {
 
 
 def run_forever(
-    *, state: Path | None, config: Path | None, policy: Path | None, listen: str | None, log_level: str
+    *,
+    state: Path | None,
+    config: Path | None,
+    policy: Path | None,
+    listen: str | None,
+    swarm_listen: str | None,
+    log_level: str,
 ) -> None:
     """Run a node until SIGTERM or SIGINT; raise MycoswarmError when it cannot start."""
     if log_level not in _LEVELS:
@@ -37,7 +43,14 @@ def run_forever(
     )
     os.umask(0o077)
     settings = load_settings(
-        Options(state=state, config=config, policy=policy, listen=listen, log_level=log_level)
+        Options(
+            state=state,
+            config=config,
+            policy=policy,
+            listen=listen,
+            swarm_listen=swarm_listen,
+            log_level=log_level,
+        )
     )
     try:
         asyncio.run(_serve(settings))

@@ -20,6 +20,10 @@ from mycoswarmd.core.units import parse_duration_s
 from mycoswarmd.errors import ConfigError
 
 DEFAULT_PORT: Final = 7436
+# Where members of the swarm find this node, on every address; only roster keys are answered there.
+SWARM_PORT: Final = 7437
+SWARM_LISTEN: Final = ("::", SWARM_PORT)
+MAX_STATIC_PEERS: Final = 64
 CONFIG_DIR: Final = Path("/etc/mycoswarm")
 _MAX_FILE_BYTES = 64 << 10
 _ENGINE_KINDS = ("ollama", "openai")
@@ -46,6 +50,9 @@ class Settings:
     policy_is_given: bool = False
     node_name: str = ""
     listen: tuple[str, int] | None = ("127.0.0.1", DEFAULT_PORT)
+    swarm_listen: tuple[str, int] | None = SWARM_LISTEN
+    peers: tuple[tuple[str, int], ...] = ()
+    discovery: bool = True
     models_dir: Path
     engine_dir: Path
     managed_engine: bool = True
@@ -81,6 +88,9 @@ TABLE: tuple[_Key, ...] = (
     _Key("policy",                str,  help="the policy file"),
     _Key("node_name",             str,  help="what this node is called; default: the host name"),
     _Key("listen",                str,  help="loopback HOST:PORT for programs with an API key, or \"none\""),
+    _Key("swarm_listen",          str,  help="HOST:PORT for the swarm once this node is in one, or \"none\""),
+    _Key("peers",                 list, help="addresses of nodes, such as \"10.0.0.7\", where multicast does not reach"),
+    _Key("discovery",             bool, help="whether to announce this node and look for others by mDNS"),
     _Key("models_dir",            str,  help="GGUF files here are served by name"),
     _Key("managed_engine",        bool, help="whether the node runs the embedded engine itself"),
     _Key("engine_idle",           str,  help="the embedded engine stops after this long without a prompt"),
@@ -101,6 +111,7 @@ class Options:
     config: Path | None = None
     policy: Path | None = None
     listen: str | None = None
+    swarm_listen: str | None = None
     log_level: str = "info"
 
 
@@ -162,6 +173,9 @@ def load_settings(options: Options) -> Settings:
         policy_is_given=policy_file is not None,
         node_name=text("node_name") or platform.node().split(".")[0] or "node",
         listen=parse_listen(listen_text, where) if listen_text is not None else ("127.0.0.1", DEFAULT_PORT),
+        swarm_listen=_swarm_listen(options.swarm_listen or text("swarm_listen"), where),
+        peers=_peers(values["peers"], where),
+        discovery=values["discovery"] is not False,
         models_dir=Path(text("models_dir") or state_dir / "models"),
         engine_dir=state_dir / "engine",
         managed_engine=values["managed_engine"] is not False,
@@ -207,6 +221,49 @@ def parse_listen(text: str, where: str = "--listen") -> tuple[str, int] | None:
     if not is_loopback or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
         raise _invalid(where, "listen", f"must be a loopback HOST:PORT, such as 127.0.0.1:7436, not {text!r}")
     return host, int(port)
+
+
+def parse_address(text: str, *, default_port: int) -> tuple[str, int] | None:
+    """Parse an IP address in numbers with or without a port, IPv6 in brackets where it has one."""
+    host, port = text, str(default_port)
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":") if rest else port
+    elif text.count(":") == 1:
+        host, port = text.split(":")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if not port.isascii() or not port.isdigit() or len(port) > 5 or not 1 <= int(port) <= 65535:
+        return None
+    return host, int(port)
+
+
+def _swarm_listen(text: str | None, where: str) -> tuple[str, int] | None:
+    if text is None:
+        return SWARM_LISTEN
+    if text == "none":
+        return None
+    found = parse_address(text, default_port=SWARM_PORT)
+    if found is None:
+        raise _invalid(where, "swarm_listen", f"must be ADDRESS:PORT, such as [::]:7437, not {text!r}")
+    return found
+
+
+def _peers(value: object, where: str) -> tuple[tuple[str, int], ...]:
+    if value is None:
+        return ()
+    assert isinstance(value, list)
+    if len(value) > MAX_STATIC_PEERS:
+        raise _invalid(where, "peers", f"may have at most {MAX_STATIC_PEERS} addresses")
+    found = []
+    for one in value:
+        address = parse_address(one, default_port=SWARM_PORT) if isinstance(one, str) else None
+        if address is None:
+            raise _invalid(where, "peers", f"must be IP addresses in numbers, such as 10.0.0.7, not {one!r}")
+        found.append(address)
+    return tuple(found)
 
 
 def check_local_url(url: str, where: str, key: str) -> None:

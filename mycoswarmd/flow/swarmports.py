@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mycoswarmd.core.roster import Member
+from mycoswarmd.flow.ports import Clock
 from mycoswarmd.wire.peer import Word
 
 
@@ -30,6 +31,18 @@ class Hint:
     address: PeerAddress
     node_id: str | None = None
     digest: str | None = None  # of the roster that is announced, its first 16 hex digits
+
+
+class BootClock(Clock, Protocol):
+    """A clock that also counts while the machine sleeps, and tells one boot from the next."""
+
+    def boot_s(self) -> float:
+        """Return seconds since the machine booted, sleep included; wall-clock changes do not move it."""
+        ...
+
+    def boot_id(self) -> str:
+        """Return what names this boot of the machine."""
+        ...
 
 
 class Signer(Protocol):

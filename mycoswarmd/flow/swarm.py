@@ -1,0 +1,578 @@
+"""This node's membership of a swarm: what the roster says, and every act that changes it.
+
+Law: a statement is verified, then on disk, then believed, in this order; what is believed only grows,
+until an epoch of the recovery key begins it anew. Nothing here rests on the wall clock: freshness is
+counted by signers and measured by the time since boot.
+Source: docs/wire.md.
+"""
+
+import asyncio
+import base64
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from mycoswarmd.core.roster import (
+    MAX_STATEMENTS,
+    Kind,
+    Member,
+    ReadCert,
+    Roster,
+    Statement,
+    StatementSet,
+    Verify,
+    encode_beacon,
+    encode_statement,
+    make_body,
+    parse_beacon,
+    parse_statement,
+    signed,
+)
+from mycoswarmd.core.types import UNKNOWN, Role, Unknown
+from mycoswarmd.errors import BadRequest, ConfigError, Conflict, NotFound, Unavailable
+from mycoswarmd.flow.ports import Entropy, ReceiptLog
+from mycoswarmd.flow.swarmports import BeaconRow, BootClock, Identity, IdentityStore, RosterStore, Signer
+
+log = logging.getLogger(__name__)
+
+# Signers say this often that they are there; a node's roster is as old as the last word it heard.
+BEACON_S = 6 * 3600.0
+# A peer that asks hears a new one, but not more often than this.
+_BEACON_AT_MOST_S = 60.0
+# Signatures are checked in a thread from this many statements on; each takes about 0.15 ms.
+_INLINE_STATEMENTS = 20
+_MIN_PREFIX = 4
+_HASH_CHARS = 64
+
+
+class Swarm:
+    """The roster of this node, kept on disk before it is believed. One per daemon."""
+
+    def __init__(
+        self,
+        *,
+        store: RosterStore,
+        identities: IdentityStore,
+        signer: Signer,
+        receipts: ReceiptLog,
+        clock: BootClock,
+        entropy: Entropy,
+        verify: Verify,
+        read_cert: ReadCert,
+    ) -> None:
+        self._store = store
+        self._identities = identities
+        self._signer = signer
+        self._receipts = receipts
+        self._clock = clock
+        self._entropy = entropy
+        self._verify = verify
+        self._read_cert = read_cert
+        self._set: StatementSet | None = None
+        self._lock = asyncio.Lock()
+        self._listeners: list[Callable[[], None]] = []
+        self._beacons: dict[str, BeaconRow] = {}
+        self._heard_at_s: dict[str, float] = {}  # by signer, on the boot clock
+        self.identity: Identity | None = None
+        self.version = 0
+        self.boot = 0
+        self.instance = entropy.token(8)
+        # How another node's signing key is asked for, and how news is spread; set by the wiring.
+        self.ask_signer_key: Callable[[str], Awaitable[str]] | None = None
+        self.spread: Callable[[], Awaitable[None]] | None = None
+
+    async def start(self) -> None:
+        """Read what is on disk; raise ConfigError when key and roster do not fit together."""
+        self.boot = await self._store.next_boot()
+        self.identity = await asyncio.to_thread(self._identities.load)
+        statements, beacons = await self._store.load()
+        if not statements:
+            return
+        self._set = await asyncio.to_thread(self._read_set, statements)
+        self._beacons = {row.signer: row for row in beacons}
+        self.version += 1
+        if self.identity is None:
+            raise ConfigError(
+                "identity-missing",
+                "cannot use this state directory: it has a roster and no node key",
+                hint="restore a backup, or move the database away and enroll again",
+            )
+        if self.member(self.identity.node_id) is None:
+            await self._adopt_prepared_key()
+
+    def _read_set(self, statements: Sequence[object]) -> StatementSet:
+        parsed = [self._parse(one) for one in statements]
+        whole = StatementSet(parsed[0])
+        whole.add(parsed[1:])
+        return whole
+
+    def _parse(self, untrusted: object) -> Statement:
+        return parse_statement(untrusted, verify=self._verify, read_cert=self._read_cert)
+
+    async def _adopt_prepared_key(self) -> None:
+        """Finish a rekey that was interrupted between its statement and the change of files."""
+        following = await asyncio.to_thread(self._identities.prepare_next)
+        if self.member(following.node_id) is not None:
+            self.identity = await asyncio.to_thread(self._identities.adopt_next)
+
+    async def run(self) -> None:
+        """Sign a beacon now and then, where this node is a signer."""
+        while True:
+            await self._beacon()
+            await asyncio.sleep(BEACON_S)
+
+    # --- what is known ---------------------------------------------------------------------------
+
+    @property
+    def roster(self) -> Roster | None:
+        """What the statements say, or None: this node is in no swarm."""
+        return self._set.roster if self._set is not None else None
+
+    @property
+    def self_id(self) -> str | None:
+        """This node's id, once it has a key."""
+        return self.identity.node_id if self.identity is not None else None
+
+    @property
+    def digest(self) -> str:
+        """The hash of all statements, or "" without a swarm."""
+        roster = self.roster
+        return roster.digest if roster is not None else ""
+
+    def is_member(self) -> bool:
+        """Tell whether this node is a live member of its swarm."""
+        return self.self_id is not None and self.member(self.self_id) is not None
+
+    def is_signer(self) -> bool:
+        """Tell whether this node may sign statements that count."""
+        roster, key = self.roster, self._signer.public_key()
+        return roster is not None and key is not None and roster.signers.get(key.hex()) == self.self_id
+
+    def member(self, node_id: str) -> Member | None:
+        """Return a live member."""
+        roster = self.roster
+        return roster.members.get(node_id) if roster is not None else None
+
+    def find(self, text: str) -> Member:
+        """Return the live member with this name, id or beginning of an id; NotFound("unknown-node")."""
+        members = list(self._require_roster().members.values())
+        named = [one for one in members if text in {one.name, one.id}]
+        if not named and len(text) >= _MIN_PREFIX:
+            named = [one for one in members if one.id.startswith(text)]
+        if len(named) == 1:
+            return named[0]
+        known = ", ".join(sorted(one.name for one in members)[:8])
+        cause = "its name fits several" if named else "it is not in the roster"
+        raise NotFound(
+            "unknown-node", f"cannot find node {text[:80]!r}: {cause}", hint=f"nodes here: {known}"
+        )
+
+    def peers(self) -> list[Member]:
+        """Return the live members that compute, without this node."""
+        roster = self.roster
+        members = roster.members.values() if roster is not None else ()
+        return [one for one in members if one.role is Role.NODE and one.id != self.self_id]
+
+    def age_s(self) -> int | Unknown:
+        """Return for how long no signer was heard; UNKNOWN since a boot without any word."""
+        roster = self.roster
+        if roster is None:
+            return UNKNOWN
+        heard = [at_s for signer, at_s in self._heard_at_s.items() if signer in roster.signers]
+        if not heard:
+            return UNKNOWN
+        return max(0, int(self._clock.boot_s() - max(heard)))
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call a function right after each change is believed; returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    # --- exchange --------------------------------------------------------------------------------
+
+    def hashes(self) -> list[str]:
+        """Return the hash of each statement held."""
+        roster = self.roster
+        return sorted(roster.hashes) if roster is not None else []
+
+    def missing(self, have: frozenset[str]) -> list[dict[str, object]]:
+        """Return the statements that somebody with these hashes lacks, in wire form."""
+        if self._set is None:
+            return []
+        return [encode_statement(one) for one in self._set.missing(have)]
+
+    async def merge(self, untrusted: Sequence[object]) -> int:
+        """Verify, store and then believe statements; return how many were new.
+
+        Raises BadRequest for a statement that is malformed or that nobody vouches for; then none is kept.
+        """
+        self._require_roster()
+        if len(untrusted) > MAX_STATEMENTS:
+            raise BadRequest("roster-full", f"cannot take more than {MAX_STATEMENTS} statements at once")
+        if len(untrusted) > _INLINE_STATEMENTS:
+            parsed = await asyncio.to_thread(lambda: [self._parse(one) for one in untrusted])
+        else:
+            parsed = [self._parse(one) for one in untrusted]
+        return await self._believe(parsed)
+
+    async def _believe(self, statements: Sequence[Statement], *, invite: str | None = None) -> int:
+        async with self._lock:
+            whole = self._set
+            assert whole is not None
+            after = whole.copy()
+            fresh = after.add(statements)
+            if not fresh:
+                return 0
+            dropped = sorted(whole.roster.hashes - after.roster.hashes)
+            await self._store.add(
+                [(one.sha256, encode_statement(one)) for one in fresh if one.sha256 in after.roster.hashes],
+                drop=dropped,
+                invite=invite,
+            )
+            self._set = after
+        self._changed()
+        return len(fresh)
+
+    def _changed(self) -> None:
+        self.version += 1
+        for listener in list(self._listeners):
+            listener()
+
+    async def pull(self, untrusted_body: Mapping[str, object]) -> dict[str, object]:
+        """Answer anybody's question for the statements it lacks: they prove themselves."""
+        self._require_roster()
+        return {"statements": self.missing(_hashes(untrusted_body)), "digest": self.digest}
+
+    async def sync(self, untrusted_body: Mapping[str, object]) -> dict[str, object]:
+        """Take what a member sends and answer with what it lacks and what we still want."""
+        given = untrusted_body.get("statements", [])
+        if not isinstance(given, list):
+            raise BadRequest("bad-request", "cannot take statements: not a list", where="statements")
+        have = _hashes(untrusted_body)
+        if given:
+            await self.merge(given)
+        await self._beacon_if_old()
+        mine = frozenset(self.hashes())
+        return {
+            "statements": self.missing(have),
+            "want": sorted(have - mine),
+            "digest": self.digest,
+            "beacons": self.beacons(),
+        }
+
+    # --- freshness -------------------------------------------------------------------------------
+
+    def beacons(self) -> list[Mapping[str, object]]:
+        """Return the newest beacon of each signer, in wire form."""
+        return [row.beacon for row in self._beacons.values()]
+
+    async def merge_beacons(self, untrusted: Sequence[object]) -> None:
+        """Take the beacons that are newer than what was heard; ignore all others."""
+        roster = self.roster
+        if roster is None:
+            return
+        for one in untrusted[:64]:
+            beacon = parse_beacon(one, verify=self._verify)
+            known = self._beacons.get(beacon.signer)
+            is_ours = beacon.swarm == roster.swarm_id and beacon.signer in roster.signers
+            if not is_ours or (known is not None and beacon.n <= known.n):
+                continue
+            await self._keep_beacon(BeaconRow(signer=beacon.signer, n=beacon.n, beacon=encode_beacon(beacon)))
+
+    async def _keep_beacon(self, row: BeaconRow) -> None:
+        await self._store.put_beacon(row)
+        self._beacons[row.signer] = row
+        self._heard_at_s[row.signer] = self._clock.boot_s()
+
+    async def _beacon_if_old(self) -> None:
+        key = self._signer.public_key()
+        heard_s = self._heard_at_s.get(key.hex()) if key is not None else None
+        if heard_s is None or self._clock.boot_s() - heard_s > _BEACON_AT_MOST_S:
+            await self._beacon()
+
+    async def _beacon(self) -> None:
+        key, roster = self._signer.public_key(), self.roster
+        if key is None or roster is None or not self.is_signer():
+            return
+        known = self._beacons.get(key.hex())
+        beacon = encode_beacon(
+            swarm=roster.swarm_id,
+            epoch=roster.epoch,
+            signer=key,
+            n=(known.n if known is not None else 0) + 1,
+            sign=self._signer.sign,
+        )
+        await self._keep_beacon(BeaconRow(signer=key.hex(), n=_number(beacon), beacon=beacon))
+
+    # --- acts of a person ------------------------------------------------------------------------
+
+    async def init(self, name: str, *, node_name: str, recovery_public_hex: str) -> dict[str, object]:
+        """Begin a swarm of one: this node, its signer, and the recovery key that the person wrote down."""
+        if self._set is not None:
+            raise Conflict(
+                "already-in-swarm",
+                f"cannot begin a swarm: this node is in {self._require_roster().name!r}",
+                hint="mycoswarmctl leave first",
+            )
+        identity = await asyncio.to_thread(self._identities.create)
+        signer = await asyncio.to_thread(self._signer.create)
+        body = make_body(
+            Kind.GENESIS,
+            name=name,
+            recovery=recovery_public_hex,
+            signer=signer.hex(),
+            nonce=self._entropy.token(16),
+            node=identity.node_id,
+        )
+        genesis = self._parse(signed(body, (signer, self._signer.sign)))
+        whole = StatementSet(genesis)
+        admit = self._parse(
+            self._sign(Kind.ADMIT, genesis.sha256, 0, cert=_b64(identity.cert_der), name=node_name, role="node")
+        )
+        whole.add([admit])
+        await self._note("init", swarm=genesis.sha256, node=identity.node_id)
+        await self._store.add([(one.sha256, encode_statement(one)) for one in (genesis, admit)])
+        self.identity, self._set = identity, whole
+        await self._beacon()
+        self._changed()
+        return {"swarm": genesis.sha256, "id": identity.node_id, "name": node_name}
+
+    async def join(self, statements: Sequence[object], *, genesis_sha256: str, identity: Identity) -> None:
+        """Believe the roster of the swarm that admitted this node."""
+        if self._set is not None:
+            raise Conflict("already-in-swarm", "cannot join: this node is in a swarm already")
+        whole = await asyncio.to_thread(self._read_set, statements)
+        if whole.roster.swarm_id != genesis_sha256 or identity.node_id not in whole.roster.members:
+            raise BadRequest("bad-bundle", "cannot join: the roster that came does not admit this node")
+        await self._note("join", swarm=genesis_sha256, node=identity.node_id)
+        await self._store.add([(one.sha256, encode_statement(one)) for one in whole.missing(frozenset())])
+        self.identity, self._set = identity, whole
+        self._changed()
+
+    async def admit(self, *, cert_der: bytes, name: str, role: str, invite: str) -> Member:
+        """Sign a newcomer in and use up its invitation, both or neither."""
+        facts = self._read_cert(cert_der)
+        statement = self._new(Kind.ADMIT, cert=_b64(cert_der), name=self._free_name(name), role=role)
+        await self._note("admit", node=facts.node_id, role=role, statement=statement.sha256)
+        await self._believe([statement], invite=invite)
+        member = self.member(facts.node_id)
+        if member is None:
+            raise Conflict(
+                "id-used",
+                "cannot admit this key: it was in this swarm before, and ids are never used again",
+                hint="make a new key on that machine: mycoswarmctl leave, then enroll again",
+            )
+        return member
+
+    async def revoke(self, text: str, reason: str) -> Member:
+        """Put a member out for ever; a signer loses its signature too."""
+        member = self.find(text)
+        if member.is_signer:
+            await self._check_not_last_signer(member)
+        facts = self._signer_removals(member.id)
+        statements = [self._new(Kind.REVOKE, node=member.id, reason=reason), *facts]
+        await self._note("revoke", node=member.id, reason=reason)
+        await self._believe(statements)
+        await self._spread()
+        return member
+
+    async def add_signer(self, text: str) -> Member:
+        """Let another node sign too; it makes its key itself and says the public half."""
+        member = self.find(text)
+        if member.role is not Role.NODE or self.ask_signer_key is None:
+            raise Conflict("not-a-node", f"cannot make {member.name!r} a signer: only a node can sign")
+        key = self.make_signer_key() if member.id == self.self_id else await self.ask_signer_key(member.id)
+        statement = self._new(Kind.ADD_SIGNER, key=key, node=member.id)
+        await self._note("signer+", node=member.id, key=key)
+        await self._believe([statement])
+        await self._spread()
+        return self.find(member.id)
+
+    async def remove_signer(self, text: str) -> Member:
+        """Void a signer's key; what it signed and this node has seen stays."""
+        member = self.find(text)
+        statements = self._signer_removals(member.id)
+        if not statements:
+            raise NotFound("not-a-signer", f"cannot remove {member.name!r}: it is no signer")
+        await self._check_not_last_signer(member)
+        await self._note("signer-", node=member.id)
+        await self._believe(statements)
+        await self._spread()
+        return self.find(member.id)
+
+    async def leave(self) -> None:
+        """Say so to the others, then forget the swarm and the keys."""
+        roster, identity = self._require_roster(), self.identity
+        assert identity is not None
+        me = self.member(identity.node_id)
+        if me is not None:
+            if me.is_signer and len(roster.members) > 1:
+                await self._check_not_last_signer(me)
+            body = make_body(
+                Kind.LEAVE,
+                swarm=roster.swarm_id,
+                epoch=roster.epoch,
+                node=identity.node_id,
+                key=identity.public_key.hex(),
+            )
+            await self._note("leave", node=identity.node_id)
+            await self._believe([self._parse(signed(body, (identity.public_key, identity.sign)))])
+            await self._spread()
+        await self.forget()
+
+    async def forget(self) -> None:
+        """Drop roster and keys; this node is in no swarm afterwards."""
+        await self._store.clear()
+        await asyncio.to_thread(self._identities.destroy)
+        await asyncio.to_thread(self._signer.destroy)
+        self._set = self.identity = None
+        self._beacons, self._heard_at_s = {}, {}
+        self._changed()
+
+    async def rekey(self) -> dict[str, object]:
+        """Put a new key in the place of this node's; the old id is never used again."""
+        roster, old = self._require_roster(), self.identity
+        if old is None or not self.is_member():
+            raise Conflict("not-a-member", "cannot change the key: this node is not a live member")
+        following = await asyncio.to_thread(self._identities.prepare_next)
+        body = make_body(
+            Kind.REKEY,
+            swarm=roster.swarm_id,
+            epoch=roster.epoch,
+            old=old.node_id,
+            key=old.public_key.hex(),
+            cert=_b64(following.cert_der),
+        )
+        statement = self._parse(
+            signed(body, (old.public_key, old.sign), (following.public_key, following.sign))
+        )
+        await self._note("rekey", node=old.node_id, to=following.node_id)
+        await self._believe([statement])
+        await self._spread()
+        self.identity = await asyncio.to_thread(self._identities.adopt_next)
+        self._changed()
+        return {"id": following.node_id, "old": old.node_id}
+
+    def recovery_draft(self, without: Sequence[str], restore: Sequence[str]) -> dict[str, object]:
+        """Return the body of a new epoch for the recovery key to sign, and whom it keeps and drops."""
+        roster, whole = self._require_roster(), self._set
+        assert whole is not None
+        identity = self.identity
+        assert identity is not None
+        out = {self.find(text).id for text in without}
+        if identity.node_id in out:
+            raise Conflict("recover-elsewhere", "cannot drop the node on which recover runs")
+        back = {self._revoked_id(text) for text in restore} | {identity.node_id}
+        kept = {node_id for node_id in roster.members if node_id not in out} | back
+        keep = whole.admissions(kept)
+        key = self._signer.create()
+        body = make_body(
+            Kind.EPOCH,
+            swarm=roster.swarm_id,
+            epoch=roster.epoch + 1,
+            n=roster.epoch + 1,
+            signers=[{"key": key.hex(), "node": identity.node_id}],
+            keep=sorted(keep),
+        )
+        return {"body": _b64(body), "keeps": sorted(kept), "drops": sorted(set(roster.members) - kept)}
+
+    async def recover(self, untrusted_statement: object) -> dict[str, object]:
+        """Begin the epoch that the recovery key signed."""
+        statement = self._parse(untrusted_statement)
+        if statement.kind is not Kind.EPOCH:
+            raise BadRequest("bad-statement", "cannot recover: this is no statement of the recovery key")
+        await self._note("recover", statement=statement.sha256)
+        await self._believe([statement])
+        await self._beacon()
+        await self._spread()
+        return {"epoch": self._require_roster().epoch}
+
+    def make_signer_key(self) -> str:
+        """Make this node's signing key, once, and return its public half."""
+        return self._signer.create().hex()
+
+    # --- helpers ---------------------------------------------------------------------------------
+
+    def _require_roster(self) -> Roster:
+        roster = self.roster
+        if roster is None:
+            raise Conflict(
+                "no-swarm",
+                "cannot do this: this node is in no swarm",
+                hint="mycoswarmctl init begins one, mycoswarmctl enroll joins one",
+            )
+        return roster
+
+    def _new(self, kind: Kind, **facts: object) -> Statement:
+        """Sign a statement that counts now, or say why this node cannot."""
+        roster = self._require_roster()
+        if not self.is_signer():
+            holders = ", ".join(sorted(m.name for m in roster.members.values() if m.is_signer))
+            raise Conflict(
+                "not-a-signer",
+                "cannot sign this: this node is no signer",
+                hint=f"do it on {holders}" if holders else "mycoswarmctl recover, with the paper key",
+            )
+        return self._parse(self._sign(kind, roster.swarm_id, roster.epoch, **facts))
+
+    def _sign(self, kind: Kind, swarm_id: str, epoch: int, **facts: object) -> dict[str, object]:
+        key = self._signer.public_key()
+        assert key is not None
+        body = make_body(kind, swarm=swarm_id, epoch=epoch, by=key.hex(), **facts)
+        return signed(body, (key, self._signer.sign))
+
+    def _signer_removals(self, node_id: str) -> list[Statement]:
+        roster, whole = self._require_roster(), self._set
+        assert whole is not None
+        return [
+            self._new(Kind.DROP_SIGNER, key=key, keep=sorted(whole.signed_by(key)))
+            for key, holder in roster.signers.items()
+            if holder == node_id
+        ]
+
+    async def _check_not_last_signer(self, member: Member) -> None:
+        roster = self._require_roster()
+        if set(roster.signers.values()) == {member.id}:
+            raise Conflict(
+                "last-signer",
+                f"cannot put out {member.name!r}: it is the only signer, and nobody could sign after it",
+                hint="mycoswarmctl signers add another node first, or recover with the paper key elsewhere",
+            )
+
+    def _free_name(self, wanted: str) -> str:
+        taken = {member.given_name for member in self._require_roster().members.values()}
+        names = [wanted, *(f"{wanted}-{n}" for n in range(2, MAX_STATEMENTS))]
+        return next(name for name in names if name not in taken)
+
+    def _revoked_id(self, text: str) -> str:
+        found = [one for one in self._require_roster().revoked if one.startswith(text)]
+        if len(found) != 1 or len(text) < _MIN_PREFIX:
+            raise NotFound("unknown-node", f"cannot restore {text[:80]!r}: give the id of a revoked node")
+        return found[0]
+
+    async def _spread(self) -> None:
+        if self.spread is not None:
+            await self.spread()
+
+    async def _note(self, what: str, **facts: object) -> None:
+        """Write the receipt of a change before it takes effect."""
+        await self._receipts.durable(self._receipts.append("swarm", {"what": what, **facts}))
+
+
+def _hashes(untrusted_body: Mapping[str, object]) -> frozenset[str]:
+    have = untrusted_body.get("have", [])
+    if not isinstance(have, list) or len(have) > MAX_STATEMENTS:
+        raise BadRequest("bad-request", "cannot compare rosters: have is no list of hashes", where="have")
+    for one in have:
+        if not isinstance(one, str) or len(one) != _HASH_CHARS:
+            raise BadRequest("bad-request", "cannot compare rosters: not a sha256 in hex", where="have")
+    return frozenset(have)
+
+
+def _number(beacon: Mapping[str, object]) -> int:
+    n = beacon["n"]
+    assert isinstance(n, int)
+    return n
+
+
+def _b64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
