@@ -1,6 +1,6 @@
 """One engine's HTTP server, from the side that asks: bounded, without proxies, redirects or cookies.
 
-Rule: bytes go to the one declared address, whatever an answer, the environment or a model's name
+Rule: bytes go to the one place that was given, whatever an answer, the environment or a model's name
 says. Everything that comes back is bounded in size and in time, and every way in which it can fail
 is one of our errors. Closing a stream, or cancelling, closes the connection: that is what tells an
 engine to stop.
@@ -18,7 +18,7 @@ import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
 from mycoswarmd.engines.address import Address
-from mycoswarmd.errors import BadRequest, EngineError, Unavailable
+from mycoswarmd.errors import BadRequest, EngineError, MycoswarmError, Unavailable
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Finish, Prompt
 from mycoswarmd.wire.sse import SseParser
 from mycoswarmd.wire.tools import TranslateCalls, compile_tools, deltas_of
@@ -53,7 +53,7 @@ _KEEPALIVE_S = 4.0
 _END_S = 0.25
 _JSON = {"Content-Type": "application/json"}
 # What aiohttp raises when the other side breaks off or speaks no HTTP.
-_BROKEN = (aiohttp.ClientError, HttpProcessingError, OSError)
+BROKEN = (aiohttp.ClientError, HttpProcessingError, OSError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,39 +75,30 @@ class Patience:
     probe_s: float = 10.0
 
 
-class Upstream:
-    """A client of one engine's server; works only inside `async with upstream.opened()`."""
+def as_payload(body: bytes | None) -> bytes | io.BytesIO | None:
+    """Wrap a large body so that it is sent in pieces between which others have their turn."""
+    return io.BytesIO(body) if body is not None and len(body) > _PLAIN_BODY_BYTES else body
 
-    def __init__(self, engine: str, address: Address, *, patience: Patience | None = None) -> None:
+
+class Exchange:
+    """Prompts to one server in the OpenAI dialect; a subclass says how a request gets there.
+
+    Attributes:
+        _engine: the name that stands in errors.
+        _patience: how long each step may take.
+    """
+
+    def __init__(self, engine: str, *, patience: Patience | None = None) -> None:
         self._engine = engine
-        self._address = address
         self._patience = patience or Patience()
-        self._session: aiohttp.ClientSession | None = None
 
-    @asynccontextmanager
-    async def opened(self) -> AsyncIterator[None]:
-        """Hold the connections; they are closed at the end, which stops the engine's work."""
-        connector: aiohttp.BaseConnector
-        if self._address.socket_path is not None:
-            connector = aiohttp.UnixConnector(
-                self._address.socket_path, limit=0, keepalive_timeout=_KEEPALIVE_S
-            )
-        else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
-        session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._patience.connect_s),
-            headers={"Accept-Encoding": "identity", "User-Agent": "mycoswarmd"},
-        )
-        async with session:
-            self._session = session
-            try:
-                yield
-            finally:
-                self._session = None
+    async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
+        """Send a request and return what its answer begins with; all that fails is one of our errors."""
+        raise NotImplementedError
+
+    def _refusal(self, response: aiohttp.ClientResponse, untrusted: bytes, prompt: Prompt) -> MycoswarmError:
+        """Make our error of an answer with an error status."""
+        return parse_error(response.status, untrusted, engine=self._engine, model=prompt.model)
 
     async def fetch(self, path: str, *, body: bytes | None = None) -> tuple[int, bytes]:
         """Return status and body of a small answer about the engine itself."""
@@ -191,41 +182,10 @@ class Upstream:
             # A response that was read to its end has given its connection back; any other is cut off.
             response.close()
 
-    async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
-        """Send a request and return what its answer begins with."""
-        try:
-            return await self._send_once(path, body)
-        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
-            raise self._down("nothing answers at its address") from exc
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-            # llama.cpp's server closes a connection after a stream without saying so beforehand; a prompt
-            # that met such an end was not read. Nothing came back yet, so asking again repeats nothing.
-            pass
-        except _BROKEN as exc:
-            raise self._failed("it speaks no HTTP") from exc
-        try:
-            return await self._send_once(path, body)
-        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
-            raise self._down("nothing answers at its address any more") from exc
-        except _BROKEN as exc:
-            raise self._failed("it closed the connection") from exc
-
-    async def _send_once(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
-        if self._session is None:
-            raise self._down("it is not running")
-        data = io.BytesIO(body) if body is not None and len(body) > _PLAIN_BODY_BYTES else body
-        return await self._session.request(
-            "GET" if body is None else "POST",
-            self._address.base_url + path,
-            data=data,
-            headers=_JSON if body is not None else None,
-            allow_redirects=False,
-        )
-
     async def _check_status(self, response: aiohttp.ClientResponse, prompt: Prompt) -> None:
         if response.status != 200:
             untrusted = await self._read(response, _SMALL_BYTES, self._patience.probe_s)
-            raise parse_error(response.status, untrusted, engine=self._engine, model=prompt.model)
+            raise self._refusal(response, untrusted, prompt)
 
     async def _read(self, response: aiohttp.ClientResponse, limit_bytes: int, wait_s: float) -> bytes:
         pieces: list[bytes] = []
@@ -242,7 +202,7 @@ class Upstream:
                     pieces.append(piece)
         except TimeoutError as exc:
             raise self._failed(f"its answer did not end within {wait_s:g} s") from exc
-        except _BROKEN as exc:
+        except BROKEN as exc:
             raise self._failed("it broke off in the middle of its answer") from exc
         return b"".join(pieces)
 
@@ -253,7 +213,7 @@ class Upstream:
                 return await response.content.readany()
         except TimeoutError as exc:
             raise self._failed(f"it sent nothing for {self._patience.idle_s:g} s") from exc
-        except _BROKEN as exc:
+        except BROKEN as exc:
             raise self._failed("it broke off in the middle of its answer") from exc
 
     async def _end(self, response: aiohttp.ClientResponse) -> None:
@@ -261,7 +221,7 @@ class Upstream:
         try:
             async with asyncio.timeout(_END_S):
                 await response.content.readany()
-        except (TimeoutError, *_BROKEN):
+        except (TimeoutError, *BROKEN):
             return  # the answer is whole; only its connection is not used again
 
     @contextmanager
@@ -276,6 +236,70 @@ class Upstream:
 
     def _failed(self, cause: str) -> EngineError:
         return EngineError("engine-failed", f"cannot get an answer from engine {self._engine!r}: {cause}")
+
+
+class Upstream(Exchange):
+    """A client of one engine's server on this machine; works only inside `async with upstream.opened()`."""
+
+    def __init__(self, engine: str, address: Address, *, patience: Patience | None = None) -> None:
+        super().__init__(engine, patience=patience)
+        self._address = address
+        self._session: aiohttp.ClientSession | None = None
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Hold the connections; they are closed at the end, which stops the engine's work."""
+        connector: aiohttp.BaseConnector
+        if self._address.socket_path is not None:
+            connector = aiohttp.UnixConnector(
+                self._address.socket_path, limit=0, keepalive_timeout=_KEEPALIVE_S
+            )
+        else:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+        session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._patience.connect_s),
+            headers={"Accept-Encoding": "identity", "User-Agent": "mycoswarmd"},
+        )
+        async with session:
+            self._session = session
+            try:
+                yield
+            finally:
+                self._session = None
+
+    async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
+        """Send a request and return what its answer begins with."""
+        try:
+            return await self._send_once(path, body)
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
+            raise self._down("nothing answers at its address") from exc
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            # llama.cpp's server closes a connection after a stream without saying so beforehand; a prompt
+            # that met such an end was not read. Nothing came back yet, so asking again repeats nothing.
+            pass
+        except BROKEN as exc:
+            raise self._failed("it speaks no HTTP") from exc
+        try:
+            return await self._send_once(path, body)
+        except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
+            raise self._down("nothing answers at its address any more") from exc
+        except BROKEN as exc:
+            raise self._failed("it closed the connection") from exc
+
+    async def _send_once(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
+        if self._session is None:
+            raise self._down("it is not running")
+        return await self._session.request(
+            "GET" if body is None else "POST",
+            self._address.base_url + path,
+            data=as_payload(body),
+            headers=_JSON if body is not None else None,
+            allow_redirects=False,
+        )
 
     def _down(self, cause: str) -> Unavailable:
         return Unavailable(
