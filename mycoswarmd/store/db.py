@@ -100,6 +100,20 @@ class Database:
         """Call a function in the reader's thread, on one consistent snapshot; it cannot write."""
         return await self._hand(self._reader, fn, None)
 
+    async def snapshot(self, path: Path) -> None:
+        """Write a consistent copy of the database to a new file that only this user may read."""
+
+        def copy(connection: sqlite3.Connection) -> None:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            target = sqlite3.connect(path, isolation_level=None)
+            try:
+                connection.backup(target)
+                target.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
+            finally:
+                target.close()
+
+        await self.read(copy)
+
     async def _hand(
         self,
         worker: Worker | None,
