@@ -1,4 +1,4 @@
-"""HTTP over the daemon's unix socket: what a command asks for, and documents, lines and events out of it.
+"""HTTP to a node, by its socket or the network: documents, lines and events out of what a command asks for.
 
 Rules: every answer is bounded before it is read; a connection is closed when its caller leaves, also by
 Ctrl-C, and that is what cancels the request on the other side.
@@ -22,6 +22,7 @@ _ANSWER_S = 120.0
 _JSON_BYTES = 64 << 20
 _BLOB_BYTES = 300 << 20
 _LINE_BYTES = 8 << 20
+_IS_JSON = {"Content-Type": "application/json"}
 
 
 class Answer(Protocol):
@@ -50,19 +51,70 @@ class Answer(Protocol):
         ...
 
 
-class Client:
-    """Talks to one daemon."""
+class Transport(Protocol):
+    """The way to one node."""
+
+    def open(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float | None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> AbstractContextManager[Answer]:
+        """Send a request and hold its answer; what is refused or unreachable is raised."""
+        ...
+
+
+class UnixTransport:
+    """The way to the daemon on this machine: its socket."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def open(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float | None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> AbstractContextManager[Answer]:
+        """Send a request on a connection of its own."""
+        # http.client costs a fifth of what --help may take, so it is loaded with the first request.
+        http = importlib.import_module("mycoswarmd.ctl.unixhttp")
+        opened: AbstractContextManager[Answer] = http.open_answer(
+            self.path, method, target, body, headers, timeout_s=timeout_s, on_wait=on_wait
+        )
+        return opened
+
+
+class Client:
+    """Talks to one daemon: to the one at a socket, or by another way."""
+
+    def __init__(self, where: Path | Transport) -> None:
+        self._transport = UnixTransport(where) if isinstance(where, Path) else where
 
     def get(self, path: str, **query: object) -> Doc:
         """Fetch a JSON document; a value of None leaves its name out of the query."""
         return self._document("GET", with_query(path, query))
 
-    def post(self, path: str, body: object = None) -> Doc:
-        """Send a JSON document and return the answer."""
-        return self._document("POST", path, _json({} if body is None else body))
+    def post(
+        self,
+        path: str,
+        body: object = None,
+        *,
+        timeout_s: float = _ANSWER_S,
+        on_wait: Callable[[], None] | None = None,
+    ) -> Doc:
+        """Send a JSON document and return the answer; `on_wait` is called once when it does not come soon."""
+        data = _json({} if body is None else body)
+        with self._open("POST", path, data, _IS_JSON, timeout_s=timeout_s, on_wait=on_wait) as answer:
+            return _object(answer.body(_JSON_BYTES))
 
     def delete(self, path: str) -> Doc:
         """Delete a thing and return the answer."""
@@ -76,6 +128,11 @@ class Client:
         """Download bytes; None when the node says that there are none."""
         with self._open("GET", path) as answer:
             return None if answer.status == 204 else answer.body(_BLOB_BYTES)
+
+    def stream(self, path: str) -> Iterator[bytes]:
+        """Yield the bytes of a long answer as they come."""
+        with self._open("GET", path) as answer:
+            yield from answer.pieces()
 
     def lines(self, path: str, **query: object) -> Iterator[Doc]:
         """Yield the objects of a stream of JSON lines as they come; waits as long as it takes."""
@@ -96,9 +153,8 @@ class Client:
         A daemon that answers with a whole JSON document instead yields that, once. `on_wait` is called once
         when it does not answer soon.
         """
-        kind = {"Content-Type": "application/json"}
         with self._open(
-            "POST", path, _json(body), {**headers, **kind}, timeout_s=None, on_wait=on_wait
+            "POST", path, _json(body), {**headers, **_IS_JSON}, timeout_s=None, on_wait=on_wait
         ) as answer:
             if "event-stream" not in answer.headers.get("content-type", ""):
                 yield answer.headers, answer.body(_JSON_BYTES)
@@ -125,12 +181,9 @@ class Client:
         timeout_s: float | None = _ANSWER_S,
         on_wait: Callable[[], None] | None = None,
     ) -> AbstractContextManager[Answer]:
-        # http.client costs a fifth of what --help may take, so it is loaded with the first request.
-        transport = importlib.import_module("mycoswarmd.ctl.unixhttp")
-        opened: AbstractContextManager[Answer] = transport.open_answer(
-            self.path, method, path, body, dict(headers or {}), timeout_s=timeout_s, on_wait=on_wait
+        return self._transport.open(
+            method, path, body, dict(headers or {}), timeout_s=timeout_s, on_wait=on_wait
         )
-        return opened
 
 
 def with_query(path: str, query: Mapping[str, object]) -> str:

@@ -4,12 +4,14 @@ import importlib
 import sys
 from pathlib import Path
 
-from mycoswarmd.ctl import ask, node, run, tasks
+from mycoswarmd.ctl import ask, enroll, found, invite, members, node, run, tasks
 from mycoswarmd.ctl.audit import audit_app
 from mycoswarmd.ctl.keys import keys_app
 from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.policy import policy_app
-from mycoswarmd.ctl.session import Session, drop_stdout
+from mycoswarmd.ctl.screen import Paint
+from mycoswarmd.ctl.session import Session, drop_stdout, error_text
+from mycoswarmd.errors import MycoswarmError
 
 _HELP = """Ask models, give tasks to agents and look after a mycoswarm node.
 
@@ -42,6 +44,15 @@ def make_ctl(argv: list[str]) -> typer.Typer:
     app.command("models", epilog=node.MODELS_EXAMPLES)(node.models)
     app.command("doctor")(node.doctor)
     app.command("version")(node.version)
+    app.command("init", epilog=found.INIT_EXAMPLES)(found.init)
+    app.command("invite", epilog=invite.INVITE_EXAMPLES)(invite.invite)
+    app.command("enroll", epilog=enroll.ENROLL_EXAMPLES)(enroll.enroll)
+    app.add_typer(members.nodes_app, name="nodes")
+    app.command("revoke", epilog=members.REVOKE_EXAMPLES)(members.revoke)
+    app.add_typer(members.signers_app, name="signers")
+    app.command("leave")(members.leave)
+    app.command("rekey")(members.rekey)
+    app.command("recover", epilog=found.RECOVER_EXAMPLES)(found.recover)
     app.add_typer(policy_app, name="policy")
     app.add_typer(audit_app, name="audit")
     app.add_typer(keys_app, name="keys")
@@ -58,8 +69,18 @@ def _start(
         help="The daemon's socket. Default: $MYCOSWARM_SOCKET or the usual place.",
     ),
     state: Path = typer.Option(None, "--state", metavar="DIR", help="DIR of `mycoswarmd run --state DIR`."),
+    on_node: str = typer.Option(
+        None,
+        "--node",
+        metavar="NODE",
+        help="As an operator, ask this node: its name, id or HOST:PORT. Default: $MYCOSWARM_NODE.",
+    ),
 ) -> None:
-    ctx.obj = Session(socket, state)
+    try:
+        ctx.obj = Session(socket, state, on_node)
+    except MycoswarmError as exc:
+        print(error_text(exc, Paint(is_on=False)), file=sys.stderr)
+        raise typer.Exit(exc.exit_code) from exc
 
 
 def _engine_app(argv: list[str]) -> typer.Typer:
@@ -75,7 +96,7 @@ def _first_word(arguments: list[str]) -> str:
     for word in arguments:
         if not is_value and not word.startswith("-"):
             return word
-        is_value = word in {"--socket", "--state"}
+        is_value = word in {"--socket", "--state", "--node"}
     return ""
 
 

@@ -1,10 +1,52 @@
-"""Where the daemon listens: --socket, --state, $MYCOSWARM_SOCKET, then the defaults of root or of XDG.
+"""Where the node is that a command talks to: a socket here, or as an operator a member of the swarm.
 
-The defaults are those of the daemon's own settings; a test compares them.
+A socket: --socket, --state, $MYCOSWARM_SOCKET, then the defaults of root or of XDG, which are those of the
+daemon's own settings; a test compares them. A member: --node or $MYCOSWARM_NODE; without either, where there
+is no socket and this person is enrolled as an operator, whichever member is nearest.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+from mycoswarmd.errors import BadRequest
+
+# What an operator's directory has in it once a swarm has admitted the operator.
+ROSTER_FILE = "roster.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where to go.
+
+    Attributes:
+        socket: of the daemon on this machine, whether it is there or not.
+        is_remote: the node is reached over the network, as an operator.
+        node: which one: a name, an id or HOST:PORT; "" is the nearest.
+    """
+
+    socket: Path
+    is_remote: bool = False
+    node: str = ""
+
+
+def find_place(socket: Path | None, state: Path | None, node: str | None) -> Place:
+    """Decide where this run goes; only the presence of files is looked at."""
+    path = find_socket(socket, state)
+    is_told = socket is not None or state is not None
+    if node and is_told:
+        raise BadRequest("bad-option", "cannot use both --node and a socket", hint="give one of them")
+    named = node or ("" if is_told else os.environ.get("MYCOSWARM_NODE", ""))
+    if named:
+        return Place(socket=path, is_remote=True, node=named)
+    is_alone = not (is_told or os.environ.get("MYCOSWARM_SOCKET") or path.exists())
+    return Place(socket=path, is_remote=is_alone and (operator_dir() / ROSTER_FILE).exists())
+
+
+def operator_dir() -> Path:
+    """Return where this person's key and roster are, where they are an operator."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "mycoswarm" / "operator"
 
 
 def find_socket(socket: Path | None, state: Path | None) -> Path:

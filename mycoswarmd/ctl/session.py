@@ -8,6 +8,7 @@ Ctrl-C and 141 after a closed pipe, as shells have them.
 """
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from mycoswarmd.ctl.client import Client, segment
-from mycoswarmd.ctl.place import find_socket
+from mycoswarmd.ctl.place import find_place
 from mycoswarmd.ctl.plain import typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import Paint, clean, columns, line, terminal_width, wants_colour
@@ -31,11 +32,31 @@ JSON = typer.Option(False, "--json", help="Print JSON instead of text for people
 class Session:
     """What every command needs; made by the first callback, found in typer's context."""
 
-    def __init__(self, socket: Path | None, state: Path | None) -> None:
+    def __init__(self, socket: Path | None, state: Path | None, node: str | None = None) -> None:
         self.as_json = False
-        self.client = Client(find_socket(socket, state))
+        self._place = find_place(socket, state, node)
         self.paint = Paint(is_on=wants_colour(sys.stdout))
         self.alert = Paint(is_on=wants_colour(sys.stderr))
+
+    @functools.cached_property
+    def local(self) -> Client:
+        """The daemon of this machine, for what can be done only there; BadRequest with --node."""
+        if self._place.node:
+            raise BadRequest(
+                "not-from-afar",
+                f"cannot do this from here to {self._place.node!r}: only on the node itself",
+                hint="log in there, or leave out --node (and $MYCOSWARM_NODE)",
+            )
+        return Client(self._place.socket)
+
+    @functools.cached_property
+    def client(self) -> Client:
+        """The node that this run is about: the daemon here, or as an operator another one."""
+        if not self._place.is_remote:
+            return self.local
+        # It brings TLS and cryptography, which no command on the node itself needs.
+        remote = importlib.import_module("mycoswarmd.ctl.tlshttp")
+        return Client(remote.open_remote(self._place.node, self.aside))
 
     def document(self, value: object) -> None:
         """Print one JSON document. ASCII only, so that it too is safe on a terminal."""

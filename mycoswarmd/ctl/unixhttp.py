@@ -1,8 +1,8 @@
 """HTTP/1.1 on a unix socket: one request on one connection, bounded, closed when its user leaves.
 
 Law: what goes wrong between here and the daemon is Unreachable (exit code 4); what the daemon answered
-is the class of its status. One connection for each request: the socket is local, and nothing is ever
-left half-read.
+is the class of its status. One connection for each request, so that nothing is ever left half-read.
+ctl/tlshttp.py does the same over the network, with `exchange`.
 """
 
 import contextlib
@@ -87,23 +87,43 @@ def open_answer(
     timeout_s: float | None,
     on_wait: Callable[[], None] | None = None,
 ) -> Iterator[HttpAnswer]:
-    """Send a request and yield the head of its answer; an answer of 400 and above is raised.
-
-    Args:
-        path: the socket.
-        method: the HTTP method.
-        target: path and query.
-        body: what to send.
-        headers: further headers.
-        timeout_s: how long the daemon may be silent; None is without end.
-        on_wait: called once, when it is silent for longer than people find natural.
-    """
+    """Send a request to the socket at `path` and yield the head of its answer; see `exchange`."""
     connection = _Connection(path, timeout_s)
     try:
         connection.connect()
     except OSError as exc:
         connection.close()
         raise _not_there(path, exc) from exc
+    with exchange(
+        connection, method, target, body, headers, who=f"the daemon at {str(path)!r}", on_wait=on_wait
+    ) as answer:
+        yield answer
+
+
+@contextlib.contextmanager
+def exchange(
+    connection: http.client.HTTPConnection,
+    method: str,
+    target: str,
+    body: bytes | None,
+    headers: Mapping[str, str],
+    *,
+    who: str,
+    on_wait: Callable[[], None] | None = None,
+    on_head: Callable[[Mapping[str, str]], None] | None = None,
+) -> Iterator[HttpAnswer]:
+    """Send a request and yield the head of its answer; an answer of 400 and above is raised.
+
+    Args:
+        connection: where to; connected, with the time that the other side may be silent. Closed at the end.
+        method: the HTTP method.
+        target: path and query.
+        body: what to send.
+        headers: further headers.
+        who: what the other side is called in errors.
+        on_wait: called once, when it is silent for longer than people find natural.
+        on_head: called with the headers of any answer, of a refusal too.
+    """
     try:
         # A refused upload breaks the pipe; the answer that says why is there already.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -112,20 +132,20 @@ def open_answer(
             on_wait()
         with connection.getresponse() as response:
             answer = HttpAnswer(response)
+            if on_head is not None:
+                on_head(answer.headers)
             if answer.status >= 400:
                 receipt = answer.headers.get("x-mycoswarm-receipt", "")
                 raise refusal(answer.status, answer.body(_ERROR_BYTES), receipt=receipt)
             yield answer
     except TimeoutError as exc:
         raise Unreachable(
-            "no-answer",
-            f"cannot wait longer for the daemon at {str(path)!r}",
-            hint="it may be busy: see its log",
+            "no-answer", f"cannot wait longer for {who}", hint="it may be busy: see its log"
         ) from exc
     except (OSError, http.client.HTTPException, EOFError) as exc:
         raise Unreachable(
             "connection-lost",
-            f"cannot finish: the daemon at {str(path)!r} went away in the middle",
+            f"cannot finish: {who} went away in the middle",
             hint="is it restarting? try again",
         ) from exc
     finally:

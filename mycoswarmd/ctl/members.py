@@ -1,0 +1,307 @@
+"""Commands about the members of a swarm: nodes, revoke, signers, leave, rekey.
+
+Law: what cannot be taken back is shown first and asked about; where nobody can be asked, --yes says so.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+from mycoswarmd.ctl.client import segment
+from mycoswarmd.ctl.plain import examples, make_app, typer
+from mycoswarmd.ctl.refusals import Doc
+from mycoswarmd.ctl.screen import line, span
+from mycoswarmd.ctl.session import JSON, Session, begin, guarded
+from mycoswarmd.errors import BadRequest, Conflict, MycoswarmError, NotFound
+
+# Enough of an id to know a node again; the node takes any beginning of four and more.
+SHORT_ID = 8
+# It holds an operator's key, and brings cryptography.
+_JOINING = "mycoswarmd.ctl.joining"
+
+_NODE = typer.Argument(..., metavar="NODE", help="A node's name, its id, or the beginning of its id.")
+_YES = typer.Option(False, "--yes", "-y", help="Do not ask.")
+
+NODES_EXAMPLES = examples("mycoswarmctl nodes", "mycoswarmctl nodes --json | jq -r '.nodes[].name'")
+REVOKE_EXAMPLES = examples('mycoswarmctl revoke kitchen-pi --reason "stolen"')
+
+nodes_app = make_app("List the members of the swarm, or try to reach them.")
+signers_app = make_app("Say which nodes may admit and revoke others.")
+
+
+@nodes_app.callback(invoke_without_command=True, no_args_is_help=False, epilog=NODES_EXAMPLES)
+@guarded
+def nodes(ctx: typer.Context, as_json: bool = JSON) -> None:
+    """List the members of the swarm.
+
+    Who they are, where they were last seen, and why one cannot be reached.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    session = begin(ctx, as_json=as_json)
+    answer = fetch(session)
+    if as_json:
+        session.document(answer)
+        return
+    _headline(session, answer)
+    rows = answer.get("nodes") or []
+    headers = ("ID", "NAME", "ROLE", "TIER", "ADDRESS", "LAST SEEN", "ROSTER", "STATE")
+    session.table(headers, [_row(row) for row in rows], empty="no members")
+    for gone in answer.get("revoked") or []:
+        why = f": {line(gone['reason'])}" if gone.get("reason") else ""
+        session.aside(f"revoked: {line(gone.get('id'))}{why}")
+
+
+@nodes_app.command("ping", epilog=examples("mycoswarmctl nodes ping", "mycoswarmctl nodes ping kitchen-pi"))
+@guarded
+def ping(
+    ctx: typer.Context,
+    node: str = typer.Argument(None, metavar="[NODE]", help="A node's name or id. Default: all of them."),
+    as_json: bool = JSON,
+) -> None:
+    """Ask nodes for a sign of life.
+
+    Each proves its key anew; exit 1 when one does not answer.
+    """
+    session = begin(ctx, as_json=as_json)
+    names = [node] if node else [str(row["id"]) for row in others(fetch(session))]
+    results = [_ping(session, name) for name in names]
+    if as_json:
+        session.document({"pings": results})
+    else:
+        rows = [
+            (row["node"], f"{row['ms']:.1f} ms" if "ms" in row else "-", row.get("address"), _why(row))
+            for row in results
+        ]
+        session.table(("NODE", "TOOK", "ADDRESS", "STATE"), rows, empty="this node is alone in its swarm")
+    if any("error" in row for row in results):
+        raise typer.Exit(1)
+
+
+@guarded
+def revoke(
+    ctx: typer.Context,
+    node: str = _NODE,
+    reason: str = typer.Option("", "--reason", metavar="TEXT", help="Why; every member sees it."),
+    yes: bool = _YES,
+    as_json: bool = JSON,
+) -> None:
+    """Shut a member out of the swarm, for good.
+
+    Every member that hears of it refuses the node at once. Its id never returns: a node that was revoked by
+    mistake is invited again and gets a new one.
+    """
+    session = begin(ctx, as_json=as_json)
+    row = member(fetch(session, here=True), node)
+    if not as_json:
+        session.text(f"{line(row.get('name'))}  {line(row.get('id'))}  {_role(row)}")
+    if row.get("self"):
+        session.aside("this is the node that you are talking to; to leave in peace: mycoswarmctl leave")
+    ask_first(session, f"revoke {line(row.get('name'))} for good?", yes=yes)
+    answer = session.local.post("/api/swarm/revoke", {"node": row["id"], "reason": reason})
+    if as_json:
+        session.document(answer)
+    else:
+        session.aside(f"{row.get('name')} is revoked; every member refuses it from when it hears of it")
+
+
+@signers_app.callback(invoke_without_command=True, no_args_is_help=False)
+@guarded
+def signers(ctx: typer.Context, as_json: bool = JSON) -> None:
+    """List the nodes that may admit and revoke others."""
+    if ctx.invoked_subcommand is not None:
+        return
+    session = begin(ctx, as_json=as_json)
+    rows = [row for row in fetch(session).get("nodes") or [] if row.get("signer")]
+    if as_json:
+        session.document({"signers": rows})
+        return
+    session.table(
+        ("ID", "NAME", "STATE"), [(_short(r), _name(r), _state(r)) for r in rows], empty="no signers"
+    )
+
+
+@signers_app.command("add", epilog=examples("mycoswarmctl signers add study-pc"))
+@guarded
+def add_signer(ctx: typer.Context, node: str = _NODE, as_json: bool = JSON) -> None:
+    """Let another node admit and revoke.
+
+    It makes a signing key of its own. Two signers are better than one: the second revokes the first when
+    that is stolen.
+    """
+    session = begin(ctx, as_json=as_json)
+    answer = session.local.post("/api/swarm/signers", {"node": node})
+    if as_json:
+        session.document(answer)
+    else:
+        session.aside(f"{node} may now admit and revoke members")
+
+
+@signers_app.command("remove", epilog=examples("mycoswarmctl signers remove study-pc"))
+@guarded
+def remove_signer(ctx: typer.Context, node: str = _NODE, yes: bool = _YES, as_json: bool = JSON) -> None:
+    """Take the right to admit and revoke from a node.
+
+    Whom it admitted until now stays; what it signs from now on counts for nothing.
+    """
+    session = begin(ctx, as_json=as_json)
+    ask_first(session, f"shall {line(node)} sign no more?", yes=yes)
+    answer = session.local.delete(f"/api/swarm/signers/{segment(node)}")
+    if as_json:
+        session.document(answer)
+    else:
+        session.aside(f"{node} signs no more; it is still a member")
+
+
+@guarded
+def leave(
+    ctx: typer.Context,
+    operator: bool = typer.Option(
+        False, "--operator", help="Leave as the operator that you are at this computer, instead of the node."
+    ),
+    yes: bool = _YES,
+    as_json: bool = JSON,
+) -> None:
+    """Take this node out of its swarm, in peace.
+
+    The others are told, then its key and its roster are destroyed. Tasks, receipts and models stay.
+    """
+    session = begin(ctx, as_json=as_json)
+    if operator:
+        ask_first(session, "leave the swarm and destroy your key on this computer?", yes=yes)
+        answer: Doc = importlib.import_module(_JOINING).leave(session)
+    else:
+        ask_first(session, "take this node out of its swarm and destroy its key?", yes=yes)
+        answer = session.local.post("/api/swarm/leave")
+    if as_json:
+        session.document(answer)
+    else:
+        session.aside("done: you left the swarm" if operator else "done: this node is in no swarm")
+
+
+@guarded
+def rekey(ctx: typer.Context, yes: bool = _YES, as_json: bool = JSON) -> None:
+    """Give this node a new key.
+
+    It keeps its name and its place; its id changes, and the old one never returns. Other nodes need no help.
+    """
+    session = begin(ctx, as_json=as_json)
+    ask_first(session, "replace the key of this node? its id changes", yes=yes)
+    answer = session.local.post("/api/swarm/rekey")
+    if as_json:
+        session.document(answer)
+    else:
+        session.aside(f"this node is now {answer.get('id')} (it was {answer.get('old')})")
+
+
+def fetch(session: Session, *, here: bool = False) -> Doc:
+    """Return what the node (or the one `here`) says of its swarm; Conflict when it is in none."""
+    answer = (session.local if here else session.client).get("/api/swarm")
+    if not answer.get("swarm"):
+        raise Conflict(
+            "not-in-swarm",
+            "cannot do this: the node is in no swarm",
+            hint="found one with `mycoswarmctl init`, or join one with `mycoswarmctl enroll`",
+        )
+    return answer
+
+
+def others(answer: Doc) -> list[Doc]:
+    """Return the nodes of the swarm but the one that answered; operators listen nowhere."""
+    return [row for row in answer.get("nodes") or [] if not row.get("self") and row.get("role") != "operator"]
+
+
+def member(answer: Doc, text: str) -> Doc:
+    """Find a member by its name, its id or the beginning of its id; NotFound, or BadRequest for several."""
+    rows: Sequence[Doc] = answer.get("nodes") or []
+    found = [row for row in rows if text in {row.get("name"), row.get("id")}]
+    if not found and len(text) >= 4:
+        found = [row for row in rows if str(row.get("id", "")).startswith(text)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = ", ".join(str(row.get("id"))[:SHORT_ID] for row in found)
+        raise BadRequest("ambiguous-node", f"cannot tell which node {text!r} is", hint=f"it fits {shown}")
+    if any(text and str(row.get("id", "")).startswith(text) for row in answer.get("revoked") or []):
+        raise NotFound("unknown-node", f"cannot find {text!r}: it was revoked already")
+    raise NotFound(
+        "unknown-node", f"cannot find a member {text!r}", hint="`mycoswarmctl nodes` lists them all"
+    )
+
+
+def ask_first(session: Session, question: str, *, yes: bool) -> None:
+    """Return when a person agrees or --yes was given; else raise, and nothing was done."""
+    if yes:
+        return
+    if not session.is_interactive():
+        raise BadRequest(
+            "cannot-ask", "cannot ask whether to do this: nobody is at a terminal", hint="say --yes"
+        )
+    if not session.confirm(question):
+        raise Conflict("not-agreed", "cannot go on: you did not say yes", hint="nothing was changed")
+
+
+def _headline(session: Session, answer: Doc) -> None:
+    swarm = answer.get("swarm") or {}
+    age = answer.get("roster_age_s")
+    heard = f"confirmed {span(age)} ago" if isinstance(age, int | float) else "not confirmed since the start"
+    session.text(
+        f"swarm {line(swarm.get('name'))}: roster {line(str(swarm.get('digest', ''))[:12])}, {heard}"
+    )
+    for problem in swarm.get("problems") or []:
+        print(f"  {session.paint('yellow', '!')} {line(problem)}")
+
+
+def _row(row: Doc) -> tuple[object, ...]:
+    word = row.get("word") or {}
+    seen = row.get("last_seen_s")
+    is_here = bool(row.get("self"))
+    return (
+        _short(row),
+        _name(row),
+        _role(row),
+        word.get("tier"),
+        row.get("address"),
+        "here" if is_here else f"{span(seen)} ago" if isinstance(seen, int | float) else None,
+        "here" if is_here else _roster(row.get("verified")),
+        _state(row),
+    )
+
+
+def _roster(verified: object) -> str | None:
+    if not isinstance(verified, Mapping) or "digest_same" not in verified:
+        return None
+    return "same" if verified["digest_same"] else "differs"
+
+
+def _short(row: Doc) -> str:
+    return str(row.get("id", ""))[:SHORT_ID]
+
+
+def _name(row: Doc) -> str:
+    return f"{row.get('name')}{' *' if row.get('self') else ''}"
+
+
+def _role(row: Doc) -> str:
+    return f"{row.get('role')}{', signer' if row.get('signer') else ''}"
+
+
+def _state(row: Doc) -> str:
+    if row.get("self"):
+        return "this node"
+    said = str(row.get("state") or ("-" if row.get("role") == "operator" else "unknown"))
+    said += f": {row['detail']}" if row.get("detail") else ""
+    return f"{said} (ALARM: {row['alarm']})" if row.get("alarm") else said
+
+
+def _ping(session: Session, node: str) -> Doc:
+    try:
+        answer = session.client.get(f"/api/swarm/nodes/{segment(node)}/ping")
+    except MycoswarmError as exc:
+        if exc.exit_code == 4:
+            raise  # this node itself is not there
+        return {"node": node, "error": {"code": exc.code, "message": exc.message}}
+    return {"node": node, **answer}
+
+
+def _why(row: Doc) -> str:
+    return str(row["error"]["message"]) if "error" in row else "alive"

@@ -1,0 +1,148 @@
+"""The paper key of a swarm: made here, shown once, asked back, and used once in a blue moon to sign.
+
+Law: the node never sees the secret half, and nothing writes it to a disk. It passes through this process
+and the terminal alone. Loaded by the commands that need it: it brings cryptography.
+"""
+
+import base64
+import importlib
+import json
+import re
+import secrets
+import sys
+from types import ModuleType
+
+from mycoswarmd.core.recovery import format_recovery, parse_recovery
+from mycoswarmd.core.roster import signed
+from mycoswarmd.ctl.refusals import Doc
+from mycoswarmd.ctl.screen import clean
+from mycoswarmd.ctl.session import Session
+from mycoswarmd.errors import BadRequest, Conflict, LocalProtocolError, NotFound
+from mycoswarmd.trust import keys
+
+_TRIES = 3
+_ASKED = 2
+_PER_ROW = 5
+# Erase the screen and what was scrolled off it, go to the top left corner (ECMA-48, and xterm's ED 3).
+_WIPE = "\x1b[2J\x1b[3J\x1b[H"
+_FOLD = str.maketrans("OIL", "011")
+_MAX_LINE = 1024
+
+
+class PaperKey:
+    """A recovery key in hand."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._seed = seed
+
+    @property
+    def text(self) -> str:
+        """The key as it is written on paper."""
+        return format_recovery(self._seed)
+
+    @property
+    def groups(self) -> list[str]:
+        """The key in its groups."""
+        return re.findall(r"[0-9A-Za-z]+", self.text)
+
+    @property
+    def public_hex(self) -> str:
+        """The half that the swarm keeps."""
+        return keys.public_key(self._seed).hex()
+
+    def sign_epoch(self, untrusted_body: str, swarm_id: str) -> Doc:
+        """Sign the draft of a new epoch of this swarm, and nothing else."""
+        try:
+            body = base64.b64decode(untrusted_body, validate=True)
+            facts = json.loads(body)
+        except ValueError as exc:
+            raise LocalProtocolError("bad-answer", "cannot read the node's draft: no statement") from exc
+        if not isinstance(facts, dict) or (facts.get("kind"), facts.get("swarm")) != ("epoch", swarm_id):
+            raise LocalProtocolError("bad-answer", "cannot sign the node's draft: no new epoch of this swarm")
+        public = keys.public_key(self._seed)
+        return dict(signed(body, (public, lambda message: keys.sign(self._seed, message))))
+
+
+def make() -> PaperKey:
+    """Make a new key."""
+    return PaperKey(keys.make_seed())
+
+
+def find_qr() -> ModuleType:
+    """Return the library that draws QR codes, or say how to get it."""
+    try:
+        return importlib.import_module("qrcode")
+    except ImportError as exc:
+        raise NotFound(
+            "no-qr-library",
+            "cannot draw a QR code: the Python package qrcode is not installed",
+            hint="install it (Debian: python3-qrcode), or leave out --qr",
+        ) from exc
+
+
+def show(session: Session, key: PaperKey, qr: ModuleType | None) -> None:
+    """Print the key for a person with a pen."""
+    session.text("This is the recovery key of the swarm. It is shown this once and stored nowhere.")
+    session.text("Whoever has it commands the swarm; without it a swarm whose signers are lost is lost.")
+    session.text("Write it on paper:\n")
+    groups = key.groups
+    for at in range(0, len(groups), _PER_ROW):
+        row = [f"{number:>3}: {text}" for number, text in enumerate(groups[at : at + _PER_ROW], at + 1)]
+        print("  " + "".join(row))
+    print()
+    if qr is not None:
+        code = qr.QRCode(border=2)
+        code.add_data(key.text)
+        code.print_ascii(out=sys.stdout)
+
+
+def ask_back(session: Session, key: PaperKey) -> None:
+    """Have a person type two groups from the paper; Conflict when they are wrong after three tries."""
+    _ask("Press Enter when it is written down. ")
+    if sys.stdout.isatty():
+        print(_WIPE, end="", flush=True)
+    groups = key.groups
+    left = sorted(secrets.SystemRandom().sample(range(len(groups)), _ASKED))
+    tries = _TRIES
+    while left:
+        typed = _ask(f"Read from your paper, group {left[0] + 1}: ")
+        if _folded(typed) == _folded(groups[left[0]]):
+            left.pop(0)
+            continue
+        tries -= 1
+        if tries == 0:
+            raise Conflict(
+                "key-not-written",
+                "cannot begin the swarm: what you typed is not what was shown",
+                hint="nothing was changed; begin again, with a new key",
+            )
+        session.aside(f"that is not group {left[0] + 1}; {tries} more")
+
+
+def read(session: Session) -> PaperKey:
+    """Read the key from a person, or from standard input, on one line or on several."""
+    if session.is_interactive():
+        session.aside("Type the recovery key from your paper. Spaces and line ends do not matter.")
+    typed = ""
+    while len(_folded(typed)) < _KEY_CHARS:
+        untrusted = _ask("> " if session.is_interactive() else "")
+        if not untrusted.strip():
+            break
+        typed += untrusted
+    return PaperKey(parse_recovery(typed))
+
+
+def _ask(question: str) -> str:
+    sys.stdout.flush()
+    print(clean(question), end="", file=sys.stderr, flush=True)
+    untrusted = sys.stdin.readline(_MAX_LINE)
+    if not untrusted and question:
+        raise BadRequest("cannot-ask", "cannot go on: nothing more can be read from the terminal")
+    return untrusted
+
+
+def _folded(text: str) -> str:
+    return "".join(re.findall(r"[0-9A-Z]", text.upper())).translate(_FOLD)
+
+
+_KEY_CHARS = len(_folded(format_recovery(bytes(32))))
