@@ -5,17 +5,16 @@ Announcements are parsed in a process of its own, which holds no key: the parser
 on the network sends.
 """
 
-import json
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 
 from mycoswarmd.errors import BadRequest, NotFound
+from mycoswarmd.wire.hints import LINE_BYTES, Sighting, parse_report
 
 PORT = 7437
 _LISTEN_S = 3
-_MAX_LINE = 4096
 _MAX_LINES = 256
 _DISCOVERY = "mycoswarmd.outposts.discovery"
 
@@ -55,7 +54,7 @@ def resolve(text: str) -> list[Address]:
     return list(dict.fromkeys((_host(row[4]), port) for row in rows))
 
 
-def announced(listen_s: int = _LISTEN_S) -> Iterator[tuple[str | None, Address]]:
+def announced(listen_s: int = _LISTEN_S) -> Iterator[tuple[str, Address]]:
     """Yield (node id, address) as announcements come in, for so many seconds."""
     command = [sys.executable, "-I", "-m", _DISCOVERY, "--once", str(listen_s)]
     with subprocess.Popen(  # noqa: S603 - our own module, by the interpreter that runs us
@@ -64,23 +63,23 @@ def announced(listen_s: int = _LISTEN_S) -> Iterator[tuple[str | None, Address]]
         assert child.stdout is not None
         try:
             for _ in range(_MAX_LINES):
-                untrusted = child.stdout.readline(_MAX_LINE)
+                untrusted = child.stdout.readline(LINE_BYTES)
                 if not untrusted:
                     return
-                yield from parse_hint(untrusted)
+                yield from parse_line(untrusted)
         finally:
             child.kill()
 
 
-def parse_hint(untrusted: bytes) -> Iterator[tuple[str | None, Address]]:
-    """Yield what one line of the listener says; nothing, when it is not a hint."""
+def parse_line(untrusted: bytes) -> Iterator[tuple[str, Address]]:
+    """Yield what one line of the listener says of where somebody is; often that is nothing."""
     try:
-        hint = json.loads(untrusted).get("hint")
-        host, port = split(str(hint["address"]))
-        node_id = hint.get("node_id")
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError, BadRequest):
+        report = parse_report(untrusted)
+    except BadRequest:
         return
-    yield (node_id if isinstance(node_id, str) else None), (host, port)
+    if isinstance(report, Sighting):
+        for host in report.addresses:
+            yield report.node_id, (host, report.port)
 
 
 def _host(sockaddr: tuple[object, ...]) -> str:
