@@ -1,0 +1,1 @@
+"""Small programs of their own beside the node: each holds one dangerous thing and nothing else."""
