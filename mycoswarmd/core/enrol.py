@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from mycoswarmd.core.policy.reader import NAME
 from mycoswarmd.core.roster import MAX_STATEMENTS, ReadCert, Verify
 from mycoswarmd.core.words import six_words
 from mycoswarmd.errors import BadRequest, Conflict, LocalProtocolError, Unauthenticated
@@ -66,7 +67,6 @@ _POSSESSION: Final = b"mycoswarm-pop"
 _SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 1 << 15, 8, 1
 _SCRYPT_MAX_BYTES: Final = 64 << 20  # it takes 32 MiB and a little
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _INVITE = re.compile(f"[{CROCKFORD}]{{{_INVITE_CHARS}}}")
 
 
@@ -289,8 +289,8 @@ def parse_hello(untrusted: object, *, read_cert: ReadCert) -> Hello:
         raise _malformed("invite", "expected the four public characters of a code")
     if not isinstance(role, str) or role not in ROLES:
         raise _malformed("role", "expected node or operator")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise _malformed("name", "expected 1 to 63 letters, digits, dots, dashes and underscores")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise _malformed("name", "expected 1 to 64 letters, digits, dots, dashes and underscores")
     cert_der = _from_base64(fields["cert"], MAX_CERT_BYTES, "cert")
     read_cert(cert_der)
     nonce = _hex(fields["nonce"], NONCE_BYTES, "nonce")
