@@ -15,7 +15,7 @@ from typing import TypeVar
 from mycoswarmd.core.placement import Candidate, order
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.model import Policy
-from mycoswarmd.core.types import UNKNOWN, Action, Principal, Request, SandboxLevel, TaskId, Zone
+from mycoswarmd.core.types import UNKNOWN, Action, Principal, Request, SandboxLevel, Start, TaskId, Zone
 from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, NotFound, Unavailable
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.ports import Clock, Engine, ModelInfo, Receipt, ReceiptLog, UsageStore
@@ -36,6 +36,7 @@ class Speaker:
     """On whose behalf a prompt is asked, as far as it is not in the prompt."""
 
     principal: Principal
+    start: Start = Start.LOCAL
     label: str | None = None
     tainted: bool = False
     task_id: TaskId | None = None
@@ -91,6 +92,7 @@ class Prompts:
             action=Action.INFER,
             principal=speaker.principal,
             zone=zone,
+            start=speaker.start,
             label=speaker.label,
             model=model,
             dest=dest,
