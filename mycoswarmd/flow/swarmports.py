@@ -6,6 +6,7 @@ Law: an address is a hint. What is behind it is proved by its key before anythin
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from mycoswarmd.core.roster import Member
@@ -43,6 +44,29 @@ class BootClock(Clock, Protocol):
     def boot_id(self) -> str:
         """Return what names this boot of the machine."""
         ...
+
+
+class Reach(StrEnum):
+    """How a link to a member is."""
+
+    UNKNOWN = "unknown"  # nobody has said yet where it is
+    CONNECTING = "connecting"
+    READY = "ready"
+    UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerState:
+    """What this node knows of another just now."""
+
+    member: Member
+    state: Reach
+    detail: str = ""  # for a person: why it is not ready
+    address: PeerAddress | None = None  # where it was last reached
+    last_seen_s: float | None = None  # ago
+    rtt_ms: float | None = None
+    word: Word | None = None  # only while it is ready
+    alarm: str = ""  # "cloned: ..." when two machines seem to have its key
 
 
 class Signer(Protocol):
@@ -234,9 +258,7 @@ class PeerClient(Protocol):
 class PeerDialer(Protocol):
     """Makes clients of members."""
 
-    def member(
-        self, member: Member, addresses: "AddressBook"
-    ) -> AbstractAsyncContextManager[PeerClient]:
+    def member(self, member: Member, addresses: "AddressBook") -> AbstractAsyncContextManager[PeerClient]:
         """Hold a client of one member; it dials the addresses that the book has at that moment."""
         ...
 

@@ -76,8 +76,10 @@ class Surroundings:
     def _scoped(self, untrusted: str) -> list[str]:
         """Return the address with its interface by name; without any, with each that it could be on."""
         text, _, scope = untrusted.partition("%")
-        names = {str(one.index): one.interface for one in self.places}
-        whole = clean_address(f"{text}%{names.get(scope, scope)}" if scope else text)
+        # 0 is what older versions say of an announcement that came over IPv4: they do not know.
+        names = {"0": ""} | {str(one.index): one.interface for one in self.places}
+        scope = names.get(scope, scope)
+        whole = clean_address(f"{text}%{scope}" if scope else text)
         if whole is not None:
             # Loopback is this machine: it leads to another node only where there is no network at all.
             is_loopback = ipaddress.ip_address(whole.partition("%")[0]).is_loopback
