@@ -1,0 +1,120 @@
+"""A person joins a swarm, or leaves it, as an operator: from this process, without a daemon.
+
+Law: as for a node. The code is never sent; the inviter proves that it knows it, over the certificate of this
+very connection, before we prove anything.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+
+from mycoswarmd.core.enrol import Code, CodeKeys, Joiner, Welcome, derive, parse_code, six_words
+from mycoswarmd.ctl import finding, operators
+from mycoswarmd.ctl.finding import Address
+from mycoswarmd.ctl.refusals import Doc
+from mycoswarmd.ctl.session import Session
+from mycoswarmd.ctl.tlshttp import Remote, Stranger
+from mycoswarmd.errors import MycoswarmError, NotFound, Unauthenticated, Unreachable
+from mycoswarmd.trust.identity import NodeIdentity
+
+_HELLO = "/swarm/enroll/hello"
+_CONFIRM = "/swarm/enroll/confirm"
+# The inviter may have to stretch the code on a small machine.
+_STEP_S = 20.0
+_AGAIN_S = 1.0
+# A little more than the inviting node gives its person.
+_DECIDE_TRIES = 130
+
+
+def join(session: Session, code_text: str, addresses: Sequence[Address], name: str) -> Doc:
+    """Enrol this person; each address is tried in turn, and without any, whoever is announced."""
+    code = parse_code(code_text)
+    identity = operators.prepare()
+    keys = derive(code)
+    problem: MycoswarmError | None = None
+    for address in addresses or _announced():
+        try:
+            with Stranger(address, _STEP_S) as stranger:
+                welcome = _exchange(session, stranger, code, keys, identity, name)
+        except MycoswarmError as exc:
+            problem = _telling(problem, exc)
+            continue
+        own = operators.begin(identity, welcome.statements, genesis_sha256=welcome.genesis_sha256)
+        inviter = own.by_certificate(stranger.cert_der)
+        if inviter is not None:
+            own.found(inviter.id, address)
+        return _summary(own)
+    raise problem or NotFound(
+        "no-swarm-found",
+        "cannot find a swarm on this network",
+        hint="say where a node is: mycoswarmctl enroll --operator --address HOST",
+    )
+
+
+def leave(session: Session) -> Doc:
+    """Tell some node that this operator leaves, then destroy the key."""
+    own = operators.load()
+    if own.identity.node_id in own.roster.members:
+        body = {"have": own.hashes(), "statements": [own.farewell()]}
+        try:
+            Remote(own, "", session.aside).post("/swarm/sync", body)
+        except Unauthenticated:
+            own.check()  # put out in the meantime: there is nobody to tell
+            raise
+    operators.forget()
+    return {"swarm": own.roster.name, "id": own.identity.node_id}
+
+
+def _exchange(
+    session: Session, stranger: Stranger, code: Code, keys: CodeKeys, identity: NodeIdentity, name: str
+) -> Welcome:
+    joiner = Joiner(
+        keys,
+        code.invite,
+        nonce=secrets.token_bytes(32),
+        cert_der=identity.cert_der,
+        role="operator",
+        name=name,
+    )
+    challenge = stranger.post(_HELLO, joiner.hello())
+    proof = joiner.confirm(challenge, stranger.cert_der, identity.sign)
+    answer = stranger.post(_CONFIRM, proof)
+    if answer.get("pending") is True:
+        session.aside(f"your six words: {six_words(identity.node_id)}")
+        session.aside("waiting for the inviting node; somebody has to say yes there")
+    tries = 0
+    while answer.get("pending") is True:
+        tries += 1
+        if tries > _DECIDE_TRIES:
+            raise Unreachable("no-answer", "cannot wait longer: nobody said yes or no at the inviting node")
+        time.sleep(_AGAIN_S)
+        answer = stranger.post(_CONFIRM, proof)
+    return joiner.welcome(answer)
+
+
+def _announced() -> Iterator[Address]:
+    seen = set()
+    for _, address in finding.announced():
+        if address not in seen:
+            seen.add(address)
+            yield address
+
+
+def _telling(one: MycoswarmError | None, other: MycoswarmError) -> MycoswarmError:
+    """Keep what tells a person most: a word on the code beats an address at which nobody is."""
+    if one is None or isinstance(one, Unreachable):
+        return other
+    return other if one.code == "invite-unknown" and not isinstance(other, Unreachable) else one
+
+
+def _summary(own: operators.Operator) -> Doc:
+    members = own.roster.members.values()
+    return {
+        "swarm": own.roster.name,
+        "id": own.identity.node_id,
+        "name": own.name,
+        "nodes": [
+            {"id": one.id, "name": one.name, "role": one.role.value, "signer": one.is_signer}
+            for one in members
+        ],
+    }
