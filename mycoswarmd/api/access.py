@@ -1,25 +1,29 @@
-"""Who is asking: a local user by SO_PEERCRED on the unix socket, a program by its API key on TCP.
+"""Who is asking: a local user by SO_PEERCRED, a program by its API key, a member of the swarm by its key.
 
-Law: who speaks is what the transport proved, never what the request claims. On TCP exactly one `Host`
-that names this listener is accepted, the request target must be a path, and anything a browser sends
-along (`Origin`, `Sec-Fetch-Site`) is refused, on every listener: no page may drive a node.
-Source: unix(7) SO_PEERCRED; RFC 9112 section 3.2.
+Law: who speaks, and in which role, is what the transport proved, never what the request claims. A member's
+roles are read in the roster again on every request, so that one who was put out has none. On TCP exactly
+one `Host` that names this listener is accepted, the request target must be a path, and anything a browser
+sends along (`Origin`, `Sec-Fetch-Site`) is refused, on every listener: no page may drive a node.
+Source: unix(7) SO_PEERCRED; RFC 9112 section 3.2; docs/wire.md.
 """
 
 import grp
 import hashlib
 import os
 import pwd
+import re
 import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 
 from aiohttp.web_request import BaseRequest
 
-from mycoswarmd.core.types import Principal
-from mycoswarmd.errors import BadRequest, Unauthenticated
+from mycoswarmd.core.roster import Member
+from mycoswarmd.core.types import Principal, Role, Start
+from mycoswarmd.errors import BadRequest, Denied, Unauthenticated
 from mycoswarmd.flow.ports import Clock, KeyRow
 
 # Members of this group own the node, as uid 0 and the daemon's own uid do.
@@ -27,35 +31,137 @@ OWNER_GROUP = "mycoswarm"
 _UCRED = struct.Struct("3i")
 # A user's groups may change while the daemon runs; a minute is soon enough and saves a lookup per call.
 _GROUPS_KEPT_S = 60
+# What may stand in the Host of somebody who does not know yet whom it is talking to.
+_ANY_HOST = re.compile(rb"[A-Za-z0-9.\-_\[\]:%]{1,255}")
+_PORT = re.compile(r":[0-9]{1,5}\Z")
+_ROSTER_NAMES = ".mycoswarm.internal"
+
+
+class Who(StrEnum):
+    """The roles that a route may be open to. Who is node, operator or signer says the roster alone."""
+
+    LOCAL = "local"  # the unix socket: everybody with an account here
+    PROGRAM = "program"  # has an API key
+    NODE = "node"  # a live member that computes
+    OPERATOR = "operator"  # a live member that is a person's key
+    SIGNER = "signer"  # a node whose signatures count
+    STRANGER = "stranger"  # came to the swarm's listener and proved nothing
+
+
+_LOCAL = frozenset({Who.LOCAL})
+_PROGRAM = frozenset({Who.PROGRAM})
+_STRANGER = frozenset({Who.STRANGER})
+_NODE = frozenset({Who.NODE})
+_SIGNER = frozenset({Who.NODE, Who.SIGNER})
+_OPERATOR = frozenset({Who.OPERATOR})
+_NOBODY = Principal()
+
+
+class Door(StrEnum):
+    """The kinds of listeners."""
+
+    UNIX = "unix"  # callers are known by SO_PEERCRED
+    TCP = "tcp"  # by an API key
+    SWARM = "swarm"  # by the key that they proved in TLS
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """One place where the node listens. `hosts` is None on a unix socket."""
+    """One place where the node listens. `hosts` are the names of a TCP listener."""
 
-    hosts: frozenset[str] | None
+    hosts: frozenset[str] | None = None
+    door: Door = Door.UNIX
+
+    def __post_init__(self) -> None:
+        if self.hosts is not None:
+            object.__setattr__(self, "door", Door.TCP)
+
+
+SWARM_LISTENER = Listener(door=Door.SWARM)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is asking, in which roles, and whether from this machine or another."""
+
+    principal: Principal
+    roles: frozenset[Who]
+    start: Start = Start.LOCAL
 
     @property
-    def is_local(self) -> bool:
-        """Tell whether callers are known by SO_PEERCRED."""
-        return self.hosts is None
+    def is_stranger(self) -> bool:
+        """Tell whether nothing at all was proved."""
+        return self.roles is _STRANGER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RosterBook:
+    """What the roster says of keys, asked anew on every request.
+
+    Attributes:
+        read_id: the id of the key in a certificate; BadRequest for what is no certificate of ours.
+        member_of: the live member with an id, or None.
+        self_id: this node's own id, once it has one.
+    """
+
+    read_id: Callable[[bytes], str]
+    member_of: Callable[[str], Member | None]
+    self_id: Callable[[], str | None]
 
 
 class Doorman:
-    """Turns a connection into a Principal."""
+    """Turns a connection into a Caller."""
 
-    def __init__(self, *, key_of: Callable[[str], KeyRow | None], clock: Clock, own_uid: int) -> None:
+    def __init__(
+        self,
+        *,
+        key_of: Callable[[str], KeyRow | None],
+        clock: Clock,
+        own_uid: int,
+        book: RosterBook | None = None,
+    ) -> None:
         self._key_of = key_of
         self._clock = clock
         self._own_uid = own_uid
+        self.book = book
 
-    def admit(self, listener: Listener, request: BaseRequest) -> Principal:
-        """Name the caller; raise BadRequest for a forged request, Unauthenticated for a stranger."""
+    def admit(self, listener: Listener, request: BaseRequest) -> Caller:
+        """Name the caller; raise BadRequest for a forged request, Unauthenticated for an unknown one."""
         check_browser_marks(request)
         if listener.hosts is None:
-            return self._local_user(request)
+            return Caller(self._local_user(request), _LOCAL)
         check_host(request, listener.hosts)
-        return self._program(request)
+        return Caller(self._program(request), _PROGRAM)
+
+    def admit_peer(self, node_id: str | None, request: BaseRequest) -> Caller:
+        """Name who is at the other end of a connection on which the key of `node_id`, or none, was proved."""
+        check_browser_marks(request)
+        check_target(request)
+        book = self.book
+        assert book is not None  # nobody is admitted here without
+        own_id = book.self_id()
+        host = single_host(request)
+        if node_id is None:
+            if not _ANY_HOST.fullmatch(host):
+                raise _bad_host(f"{own_id}{_ROSTER_NAMES}")
+            return Caller(_NOBODY, _STRANGER)
+        if _PORT.sub("", host.decode("latin-1").lower()) != f"{own_id}{_ROSTER_NAMES}":
+            raise _bad_host(f"{own_id}{_ROSTER_NAMES}")
+        if node_id == own_id:
+            raise Unauthenticated(
+                "own-call", "cannot answer this node's own key: it was copied, or we called us"
+            )
+        member = book.member_of(node_id)
+        if member is None:
+            raise Unauthenticated(
+                "not-a-member",
+                "cannot answer this key: it is not in the swarm, or it was put out",
+                hint="mycoswarmctl nodes, on another node, shows who is",
+            )
+        if member.role is Role.OPERATOR:
+            return Caller(Principal(is_owner=True, operator=member.name), _OPERATOR)
+        principal = Principal(node=member.name, node_id=member.id)
+        return Caller(principal, _SIGNER if member.is_signer else _NODE, Start.PEER)
 
     def _local_user(self, request: BaseRequest) -> Principal:
         transport = request.transport
@@ -90,6 +196,18 @@ class Doorman:
         return Principal(key=row.name)
 
 
+def check_roles(caller: Caller, who: frozenset[Who]) -> None:
+    """Raise Denied("role-needed") unless the caller has a role that is needed."""
+    if caller.roles & who:
+        return
+    needed = " or ".join(role.value for role in Who if role in who)
+    raise Denied(
+        "role-needed",
+        f"cannot do this as {' and '.join(sorted(caller.roles))}: it needs role {needed}",
+        hint="run mycoswarmctl on that machine itself" if Who.LOCAL in who else "",
+    )
+
+
 def check_browser_marks(request: BaseRequest) -> None:
     """Refuse whatever a browser's page sent."""
     for mark in ("Origin", "Sec-Fetch-Site"):
@@ -110,8 +228,29 @@ def check_host(request: BaseRequest, hosts: frozenset[str]) -> None:
             f"cannot serve a request with {len(raw)} Host headers or one that is not this listener's",
             hint=f"use http://{min(hosts)}",
         )
-    if not request.path_qs.startswith("/"):
+    check_target(request)
+
+
+def check_target(request: BaseRequest) -> None:
+    """Refuse a request target that is not a path: a whole URL would name another host than Host does."""
+    if not request.raw_path.startswith("/"):
         raise BadRequest("bad-target", "cannot serve a request whose target is not a path")
+
+
+def single_host(request: BaseRequest) -> bytes:
+    """Return the one Host of a request."""
+    raw = [value for name, value in request.raw_headers if name.lower() == b"host"]
+    if len(raw) != 1:
+        raise BadRequest("bad-host", f"cannot serve a request with {len(raw)} Host headers")
+    return raw[0]
+
+
+def _bad_host(name: str) -> BadRequest:
+    return BadRequest(
+        "bad-host",
+        "cannot serve a request with a Host that is not this node's",
+        hint=f"the name of this node is {name}",
+    )
 
 
 @lru_cache(maxsize=256)

@@ -1,17 +1,18 @@
 """The HTTP server: admits, finds the route, asks the policy, bounds the body, turns errors into answers.
 
-Law: in this order and for every request: who (access.py), which route, is it for this listener, does
-the policy allow its action, and only then the body. Unknown paths are refused after authentication,
-so a stranger learns nothing.
+Law: in this order and for every request: who, in which roles (access.py), which route, is it for such a
+caller, does the policy allow its action, and only then the body. Unknown paths are refused after
+authentication; to a stranger at the swarm's listener everything but its own few routes is unknown.
 """
 
 import asyncio
 import contextlib
-import inspect
+import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine
+import ssl
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,14 @@ from aiohttp import web
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
-from mycoswarmd.api.access import Doorman, Listener
-from mycoswarmd.api.call import Call
-from mycoswarmd.api.routes import Gate, Knock, Route, make_router
+from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, check_roles
+from mycoswarmd.api.call import ROSTER_HEADER, Call
+from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer, working
+from mycoswarmd.api.porch import Buckets, Rate, source_of
+from mycoswarmd.api.routes import Gate, Route, make_router
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
-from mycoswarmd.core.types import Action, Principal, Request, TaskId
+from mycoswarmd.core.types import Action, Request, TaskId
 from mycoswarmd.errors import (
     BadRequest,
     ConfigError,
@@ -37,85 +40,235 @@ from mycoswarmd.errors import (
 from mycoswarmd.wire.openai import encode_error
 
 log = logging.getLogger(__name__)
-_SILENT = logging.getLogger("mycoswarmd.silent")
-_SILENT.disabled = True
 
 # A client that sends its body slower than this holds a connection for nothing.
 _BODY_S = 60.0
-# The OpenAI client keeps connections for a long time; an idle one costs a few KB.
-_KEEPALIVE_S = 75.0
 _STOP_S = 5.0
 # Bodies above this are held in memory by few callers at a time.
 _LARGE_BYTES = 16 << 20
 _LARGE_AT_ONCE = 2
+# What a stranger may ask for: a newcomer needs some ten requests, one a second while a person decides.
+_KNOCKS_OF_EACH = Rate(burst=60, per_s=5)
+_KNOCKS_OF_ALL = Rate(burst=240, per_s=20)
+# A handshake takes 1 to 5 ms of a processor; members keep their connections.
+_SHAKES_OF_EACH = Rate(burst=256, per_s=32)
+_SHAKES_OF_ALL = Rate(burst=1024, per_s=256)
+# For an answer to a stranger, which is at most the whole roster.
+_ANSWER_S = 30.0
+# A peer that does not say goodbye keeps a connection that is closed on our side for so long.
+_GOODBYE_S = 2.0
+_BACKLOG = 256
+_FULL = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_FULL_S = 1.0
 
 
 class Api:
     """Serves one set of services on any number of listeners."""
 
-    def __init__(self, services: Services, doorman: Doorman) -> None:
+    def __init__(self, services: Services, doorman: Doorman, *, bounds: Bounds | None = None) -> None:
         self._services = services
         self._doorman = doorman
         self._router = make_router()
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._begun = asyncio.TaskGroup()
+        self._bounds = bounds or Bounds()
+        book = doorman.book
+        self._lines = Lines(self._bounds, read_id=book.read_id if book is not None else None)
+        now_s = services.clock.monotonic_s
+        self._knocks = Buckets(monotonic_s=now_s, each=_KNOCKS_OF_EACH, all_=_KNOCKS_OF_ALL)
+        self._shakes = Buckets(monotonic_s=now_s, each=_SHAKES_OF_EACH, all_=_SHAKES_OF_ALL)
 
     @asynccontextmanager
     async def begun(self) -> AsyncIterator[None]:
         """Needed around the listeners; ends when everything that was begun has ended."""
-        async with self._begun:
+        async with self._begun, contextlib.AsyncExitStack() as stack:
+            if self._services.swarm is not None:
+                stack.callback(self._services.swarm.swarm.subscribe(self._cut_the_gone))
             yield
+
+    def cut(self, node_ids: Iterable[str]) -> None:
+        """End every connection of these keys at once, also in the middle of an answer."""
+        if count := self._lines.cut(node_ids):
+            log.info("cut %d connections of keys that are members no more", count)
+
+    def _cut_the_gone(self) -> None:
+        book = self._doorman.book
+        if book is not None:
+            self.cut([one for one in self._lines.member_ids() if book.member_of(one) is None])
 
     @asynccontextmanager
-    async def listening(self, sock: socket.socket, listener: Listener) -> AsyncIterator[None]:
-        """Serve on a bound socket while the context lasts."""
-        runner = web.ServerRunner(self._server(listener), shutdown_timeout=_STOP_S)
+    async def listening(
+        self, sock: socket.socket, listener: Listener, ssl_context: ssl.SSLContext | None = None
+    ) -> AsyncIterator[None]:
+        """Serve on a bound socket while the context lasts; the swarm's listener needs its TLS context."""
+
+        async def handle(request: BaseRequest) -> StreamResponse:
+            line = self._lines.of(request)
+            if listener.door is Door.SWARM:
+                return await working(line, self._serve_peer(line, request))
+            return await working(line, _answered(self._serve(listener, request)))
+
+        server = LineServer(handle, lines=self._lines, door=listener.door)
+        runner = web.ServerRunner(server, shutdown_timeout=_STOP_S)
         await runner.setup()
         try:
-            await web.SockSite(runner, sock, backlog=256).start()
-            yield
+            if listener.door is Door.SWARM:
+                assert ssl_context is not None
+                async with self._accepting(sock, server, ssl_context):
+                    yield
+            else:
+                await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+                yield
         finally:
+            self._lines.cut_all(listener.door, only_endless=True)
             await runner.cleanup()
+            self._lines.cut_all(listener.door)
 
-    def _server(self, listener: Listener) -> web.Server:
-        async def handle(request: BaseRequest) -> StreamResponse:
-            return await self._handle(listener, request)
+    @asynccontextmanager
+    async def _accepting(
+        self, sock: socket.socket, server: LineServer, context: ssl.SSLContext
+    ) -> AsyncIterator[None]:
+        sock.setblocking(False)  # noqa: FBT003
+        sock.listen(_BACKLOG)
+        with sock:
+            async with asyncio.TaskGroup() as group:
+                accepting = group.create_task(self._accept(group, sock, server, context), name="accept")
+                try:
+                    yield
+                finally:
+                    accepting.cancel()
 
-        options: dict[str, object] = {
-            "access_log": None,
-            "keepalive_timeout": _KEEPALIVE_S,
-            "tcp_keepalive": True,
-            # Its messages quote bytes of requests, and those may be prompts.
-            "logger": _SILENT,
-            # A compressed body would be inflated before anybody knows who sent it.
-            "auto_decompress": False,
-        }
-        # Without this a client that goes away does not stop the engine's work. aiohttp's own test
-        # server sets it where production does not, so our tests run this very class.
-        if "handler_cancellation" in inspect.signature(web.Server.__init__).parameters:
-            options["handler_cancellation"] = True
-        return web.Server(handle, **options)  # type: ignore[arg-type]
+    async def _accept(
+        self, group: asyncio.TaskGroup, sock: socket.socket, server: LineServer, context: ssl.SSLContext
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        shakes: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                try:
+                    connection, peername = await loop.sock_accept(sock)
+                except OSError as exc:
+                    if exc.errno in _FULL:
+                        log.warning("cannot accept connections of the swarm for now: %s", exc.strerror)
+                        await asyncio.sleep(_FULL_S)
+                    continue
+                source = source_of(peername)
+                if not self._lines.has_room(source) or not self._shakes.take(source):
+                    connection.close()
+                else:
+                    shake = group.create_task(self._shake(connection, source, server, context), name="shake")
+                    shakes.add(shake)
+                    shake.add_done_callback(shakes.discard)
+                await asyncio.sleep(0)  # accepting at once does not give way to others
+        finally:
+            for shake in shakes:
+                shake.cancel()
 
-    async def _handle(self, listener: Listener, request: BaseRequest) -> StreamResponse:
-        return await _answered(self._serve(listener, request))
+    async def _shake(
+        self, connection: socket.socket, source: str, server: LineServer, context: ssl.SSLContext
+    ) -> None:
+        """Do the handshake; from its end on the connection is the server's."""
+        with self._lines.shaking(source), contextlib.suppress(OSError):  # TLS errors are such, too
+            await asyncio.get_running_loop().connect_accepted_socket(
+                server,
+                connection,
+                ssl=context,
+                ssl_handshake_timeout=self._bounds.patience_s,
+                ssl_shutdown_timeout=_GOODBYE_S,
+            )
+
+    # --- local users and programs ----------------------------------------------------------------
 
     async def _serve(self, listener: Listener, request: BaseRequest) -> StreamResponse:
-        principal = self._doorman.admit(listener, request)
+        if self._lines.refused:
+            self._lines.check(request)
+        caller = self._doorman.admit(listener, request)
         found = self._router.find(request.method, request.path)
-        if found is None or (found[0].knock is Knock.LOCAL and not listener.is_local):
-            raise self._no_route(listener, request)
-        route, names = found
-        await self._pass_gate(route, names, principal)
+        if found is None or (listener.door is Door.TCP and not caller.roles & found[0].who):
+            raise self._no_route(caller, request)
+        return await self._enter(*found, caller, request)
+
+    # --- the swarm -------------------------------------------------------------------------------
+
+    async def _serve_peer(self, line: Line | None, request: BaseRequest) -> StreamResponse:
+        if line is None:
+            return Response(status=499)  # it was cut before its request was looked at
+        try:
+            if line.refusal is not None:
+                raise line.refusal
+            caller = self._doorman.admit_peer(line.node_id, request)
+        except MycoswarmError as exc:
+            return _last(_refusal(exc))
+        if caller.is_stranger:
+            return await self._serve_stranger(line, caller, request)
+        line.allow(None)
+        response = await _answered(self._serve_member(line, caller, request))
+        if not response.prepared:
+            response.headers[ROSTER_HEADER] = self._digest()
+        return response
+
+    async def _serve_member(self, line: Line, caller: Caller, request: BaseRequest) -> StreamResponse:
+        found = self._router.find(request.method, request.path)
+        if found is None:
+            raise self._no_route(caller, request)
+        line.is_endless = found[0].is_endless
+        return await self._enter(*found, caller, request, roster=self._digest())
+
+    async def _serve_stranger(self, line: Line, caller: Caller, request: BaseRequest) -> StreamResponse:
+        route = self._route_of_stranger(request)
+        if not self._knocks.take(line.source):
+            response: StreamResponse = _refusal(
+                Unavailable("too-many-requests", "cannot answer strangers so often", http_status=429)
+            )
+        elif route is None:
+            response = _refusal(NotFound("no-such-route", "cannot find this path"))
+        else:
+            response = await _answered(self._enter(route, {}, caller, request, line=line))
+            if route.goes_on and response.keep_alive is not False:
+                line.allow(self._bounds.patience_s)
+                return response
+            line.allow(_ANSWER_S)
+            return _last(response)
+        return _last(response)
+
+    def _route_of_stranger(self, request: BaseRequest) -> Route | None:
+        found = self._router.find(request.method, request.path)
+        if found is None or Who.STRANGER not in found[0].who:
+            return None
+        desk = self._services.swarm
+        if desk is None or (found[0].gate is Gate.INVITED and not desk.invitations.is_open()):
+            return None
+        return found[0]
+
+    def _digest(self) -> str:
+        return self._services.swarm.swarm.digest if self._services.swarm is not None else ""
+
+    # --- everybody -------------------------------------------------------------------------------
+
+    async def _enter(
+        self,
+        route: Route,
+        names: dict[str, str],
+        caller: Caller,
+        request: BaseRequest,
+        *,
+        roster: str = "",
+        line: Line | None = None,
+    ) -> StreamResponse:
+        check_roles(caller, route.who)
+        await self._pass_gate(route, names, caller)
         async with self._large if route.body_bytes > _LARGE_BYTES else contextlib.nullcontext():
             body = await _read_body(request, route.body_bytes)
-            call = Call(request, principal, self._services, names, body)
+            if line is not None:
+                line.allow(_ANSWER_S)
+            call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
             if route.runs_to_its_end:
                 # What changes something is not left half done when its caller goes away.
                 return await asyncio.shield(self._begun.create_task(_answered(route.handler(call))))
             return await route.handler(call)
 
-    def _no_route(self, listener: Listener, request: BaseRequest) -> MycoswarmError:
-        if methods := self._router.methods(request.path, is_local=listener.is_local):
+    def _no_route(self, caller: Caller, request: BaseRequest) -> MycoswarmError:
+        if methods := self._router.methods(request.path, caller):
             return BadRequest(
                 "method-not-allowed",
                 f"cannot {request.method[:20]} this path",
@@ -124,10 +277,12 @@ class Api:
             )
         return NotFound("no-such-route", "cannot find this path", hint="/v1/models is a good start")
 
-    def _may_post_something(self, principal: Principal) -> None:
+    def _may_post_something(self, caller: Caller) -> None:
         """Raise Denied for someone whom the policy lets post no task at all."""
         policy = self._services.policy.policy
-        known = self._services.prompts.here_and_now(Request(action=Action.TASK, principal=principal))
+        known = self._services.prompts.here_and_now(
+            Request(action=Action.TASK, principal=caller.principal, start=caller.start)
+        )
         outcomes = [
             evaluate(policy, replace(known, agent=agent, label=label))
             for agent in (policy.agents if policy is not None else ())
@@ -136,19 +291,21 @@ class Api:
         if all(isinstance(outcome, Denied) for outcome in outcomes):
             raise Denied("policy-denied", "cannot store a workspace for someone who may post no task")
 
-    async def _pass_gate(self, route: Route, names: dict[str, str], principal: Principal) -> None:
-        if route.gate in {Gate.OPEN, Gate.INSIDE}:
+    async def _pass_gate(self, route: Route, names: dict[str, str], caller: Caller) -> None:
+        if route.gate in {Gate.OPEN, Gate.INSIDE, Gate.INVITED}:
             return
         if route.gate is Gate.SOME_TASK:
-            self._may_post_something(principal)
+            self._may_post_something(caller)
             return
         if route.gate is Gate.OWN_TASK:
             task = await self._services.task_store.get(TaskId(names["id"]))
-            if task.spec.submitter.describe() == principal.describe():
+            if task.spec.submitter.describe() == caller.principal.describe():
                 return
         outcome = evaluate(
             self._services.policy.policy,
-            self._services.prompts.here_and_now(Request(action=Action.ADMIN, principal=principal)),
+            self._services.prompts.here_and_now(
+                Request(action=Action.ADMIN, principal=caller.principal, start=caller.start)
+            ),
         )
         if isinstance(outcome, Permit):
             return
@@ -210,6 +367,13 @@ def _too_large(at_most_bytes: int) -> BadRequest:
     )
 
 
+def _last(response: StreamResponse) -> StreamResponse:
+    """Make a response the last one of its connection."""
+    if not response.prepared:
+        response.force_close()
+    return response
+
+
 def _refusal(exc: MycoswarmError) -> Response:
     headers = {}
     if isinstance(exc, Unavailable):
@@ -223,8 +387,8 @@ def _refusal(exc: MycoswarmError) -> Response:
     response = Response(
         body=encode_error(exc), status=exc.http_status, content_type="application/json", headers=headers
     )
-    if exc.http_status in {408, 413}:
-        response.force_close()  # the rest of the body is not worth reading
+    if exc.http_status in {408, 413} or exc.code == "too-many-connections":
+        response.force_close()  # the rest of the body, or of the connection, is not worth having
     return response
 
 
@@ -258,16 +422,25 @@ def _is_answered(path: Path) -> bool:
         return True
 
 
-def bind_tcp(host: str, port: int) -> socket.socket:
-    """Bind a loopback TCP socket."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def bind_tcp(
+    host: str, port: int, *, hint: str = "choose another with --listen, or --no-listen"
+) -> socket.socket:
+    """Bind a TCP socket to an address in numbers; `::` is every address, also those of IPv4."""
+    every = host == "::"
+    if every and not socket.has_dualstack_ipv6():
+        every, host = False, "0.0.0.0"  # noqa: S104 - what was asked for, on a kernel without IPv6
     try:
-        sock = socket.create_server((host, port), family=family, reuse_port=False)
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )[0]
+        sock = socket.create_server(
+            address, family=family, backlog=_BACKLOG, reuse_port=False, dualstack_ipv6=every
+        )
         sock.setblocking(False)  # noqa: FBT003
     except OSError as exc:
         raise ConfigError(
             "port-taken",
             f"cannot listen on {host}:{port}: {exc.strerror}",
-            hint="another program has it; choose another with --listen, or --no-listen",
+            hint=f"another program has it; {hint}",
         ) from exc
     return sock

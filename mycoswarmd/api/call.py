@@ -5,22 +5,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aiohttp.web_request import BaseRequest
-from aiohttp.web_response import Response
+from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.services import Services
-from mycoswarmd.core.types import Principal
+from mycoswarmd.core.types import Principal, Start
 from mycoswarmd.errors import BadRequest
+
+# Every answer to a member says which roster it rests on, so that either side sees that it lacks something.
+ROSTER_HEADER = "X-Mycoswarm-Roster"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a handler gets. `untrusted_body` is bounded by the route's row."""
+    """What a handler gets. `untrusted_body` is bounded by the route's row.
+
+    Attributes:
+        start: whether it came from this machine or from another node.
+        roster: the digest that goes with each answer to a member, or "".
+    """
 
     request: BaseRequest
     principal: Principal
     services: Services
     path: Mapping[str, str]
     untrusted_body: bytes
+    start: Start = Start.LOCAL
+    roster: str = ""
+
+    def stream(self, headers: Mapping[str, str]) -> StreamResponse:
+        """Begin an answer that is sent piece by piece."""
+        given = {**headers, ROSTER_HEADER: self.roster} if self.roster else headers
+        return StreamResponse(headers=given)
 
     def json(self) -> dict[str, object]:
         """Parse the body as a JSON object; an empty body is an empty object."""

@@ -1,4 +1,4 @@
-"""The control interface under /api: what mycoswarmctl does. Local callers only."""
+"""The control interface under /api: what mycoswarmctl does, for local callers and operators."""
 
 import hashlib
 import json
@@ -115,7 +115,7 @@ async def tasks(call: Call) -> StreamResponse:
             hint=", ".join(state.value for state in TaskState),
         )
     limit = call.number("limit", 100, low=1, high=1000)
-    submitter = None if _administers(call) else call.principal.describe()
+    submitter = None if administers(call) else call.principal.describe()
     states = frozenset({TaskState(state)}) if state else None
     rows = await call.services.task_store.list(states=states, limit=limit, submitter=submitter)
     return json_answer({"tasks": [_summary_row(task) for task in rows]})
@@ -135,7 +135,7 @@ async def events(call: Call) -> StreamResponse:
     task_id = TaskId(call.path["id"])
     after = call.number("after", 0, low=0, high=1 << 53)
     follow = call.number("follow", 0, low=0, high=1) == 1
-    response = StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache"})
+    response = call.stream({"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache"})
     await response.prepare(call.request)
     while True:
         # The state is read before the events, so that the last event is not missed.
@@ -325,8 +325,10 @@ async def receipts_verify(call: Call) -> StreamResponse:
 # --- rows --------------------------------------------------------------------------------------
 
 
-def _administers(call: Call) -> bool:
-    request = call.services.prompts.here_and_now(Request(action=Action.ADMIN, principal=call.principal))
+def administers(call: Call) -> bool:
+    """Tell whether the policy lets the caller administer this node."""
+    asked = Request(action=Action.ADMIN, principal=call.principal, start=call.start)
+    request = call.services.prompts.here_and_now(asked)
     return isinstance(evaluate(call.services.policy.policy, request), Permit)
 
 

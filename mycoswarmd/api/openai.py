@@ -12,6 +12,7 @@ from contextlib import aclosing
 from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.call import Call
+from mycoswarmd.core.types import Start, Zone
 from mycoswarmd.errors import BadRequest, MycoswarmError
 from mycoswarmd.flow.prompt import Routed, Speaker
 from mycoswarmd.wire.openai import (
@@ -34,8 +35,12 @@ _UNREAD_S = 60.0
 
 
 async def models(call: Call) -> StreamResponse:
-    """List every model by name, as OpenAI does."""
-    infos = {info.name: info for info in call.services.prompts.models()}
+    """List every model by name, as OpenAI does; to another node, those that are served on this very one."""
+    infos = {
+        info.name: info
+        for info in call.services.prompts.models()
+        if call.start is Start.LOCAL or info.zone is Zone.SELF
+    }
     body = encode_models([(info.name, 0, info.engine) for info in infos.values()])
     return Response(body=body, content_type="application/json")
 
@@ -67,7 +72,7 @@ def speaker(call: Call) -> Speaker:
     labels = call.request.headers.getall(LABEL_HEADER, [])
     if len(labels) > 1 or any(len(label) > _LABEL_CHARS for label in labels):
         raise BadRequest("bad-label", f"cannot use {LABEL_HEADER}: it must be one word of the policy")
-    return Speaker(principal=call.principal, label=labels[0] if labels else None)
+    return Speaker(principal=call.principal, start=call.start, label=labels[0] if labels else None)
 
 
 async def _answer(call: Call, parse: Callable[[bytes], Prompt]) -> StreamResponse:
@@ -89,8 +94,8 @@ async def _answer(call: Call, parse: Callable[[bytes], Prompt]) -> StreamRespons
 async def _stream(call: Call, routed: Routed, encoder: ChunkEncoder) -> StreamResponse:
     async with aclosing(routed.stream()) as deltas:
         first = await anext(deltas)  # an engine's refusal is still an HTTP error
-        response = StreamResponse(
-            headers={
+        response = call.stream(
+            {
                 "Content-Type": "text/event-stream; charset=utf-8",
                 "Cache-Control": "no-cache",
                 **_headers(call, routed),

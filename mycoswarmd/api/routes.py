@@ -1,7 +1,8 @@
-"""THE TABLE of routes: method, path, who may knock, which action the policy decides, how large a body.
+"""THE TABLE of routes: method, path, which roles may call, which action the policy decides, how large a body.
 
-Law: a route that is not here does not exist; a route whose `gate` is a policy action is not entered
-before the policy has allowed that action for the caller. `{name}` matches one path segment.
+Law: a route that is not here does not exist; a caller without one of a route's roles does not enter it; a
+route whose `gate` is a policy action is not entered before the policy has allowed that action for the
+caller. `{name}` matches one path segment.
 """
 
 from collections.abc import Callable, Coroutine
@@ -10,15 +11,9 @@ from enum import StrEnum
 
 from aiohttp.web_response import StreamResponse
 
-from mycoswarmd.api import control, openai
+from mycoswarmd.api import control, openai, peers, swarm
+from mycoswarmd.api.access import Caller, Who
 from mycoswarmd.api.call import Call
-
-
-class Knock(StrEnum):
-    """Which listeners serve a route."""
-
-    LOCAL = "local"  # the unix socket: everybody with an account here
-    ANY = "any"  # also programs with an API key
 
 
 class Gate(StrEnum):
@@ -29,6 +24,7 @@ class Gate(StrEnum):
     ADMIN = "admin"  # action `admin`
     SOME_TASK = "some-task"  # whoever may post some task
     OWN_TASK = "own-task"  # the task's submitter, or action `admin`
+    INVITED = "invited"  # exists only while an invitation is open
 
 
 Handler = Callable[[Call], Coroutine[None, None, StreamResponse]]
@@ -38,6 +34,22 @@ PROMPT_BODY_BYTES = 8 << 20
 # A tar of a workspace; larger ones do not belong in a queue.
 BLOB_BODY_BYTES = 256 << 20
 _SMALL = 256 << 10
+# A greeting has one certificate in it.
+_ENROL = 64 << 10
+# The hashes that a stranger has, or the statements that a member sends: at most 10,000.
+_PULL = 512 << 10
+_SYNC = 16 << 20
+
+LOCAL = frozenset({Who.LOCAL})
+# What a person does from another machine. Not what would outlive the roster's word on that person: keys,
+# invitations, signers and the recovery of the swarm are for somebody at this machine.
+PERSON = frozenset({Who.LOCAL, Who.OPERATOR})
+PROMPTS = frozenset({Who.LOCAL, Who.PROGRAM, Who.NODE, Who.OPERATOR})
+MEMBER = frozenset({Who.NODE, Who.OPERATOR})
+NODE = frozenset({Who.NODE})
+SIGNER = frozenset({Who.SIGNER})
+STRANGER = frozenset({Who.STRANGER})
+ANYBODY = frozenset({Who.STRANGER, Who.NODE, Who.OPERATOR})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,7 @@ class Route:
 
     method: str
     path: str
-    knock: Knock
+    who: frozenset[Who]
     gate: Gate
     body_bytes: int
     handler: Handler
@@ -54,39 +66,71 @@ class Route:
     @property
     def runs_to_its_end(self) -> bool:
         """Tell whether the handler goes on when its caller has gone away."""
-        return self.method != "GET" and self.knock is Knock.LOCAL
+        return self.method != "GET" and not self.path.startswith(("/v1/", "/swarm/enroll/"))
+
+    @property
+    def is_endless(self) -> bool:
+        """Tell whether the answer has no end of its own."""
+        return self.handler is peers.watch
+
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether a stranger may send its next request on the same connection."""
+        return self.gate is Gate.INVITED
 
 
 # fmt: off
 ROUTES: tuple[Route, ...] = (
-    Route("GET",    "/v1/models",                   Knock.ANY,   Gate.OPEN,     0,                 openai.models),
-    Route("POST",   "/v1/chat/completions",         Knock.ANY,   Gate.INSIDE,   PROMPT_BODY_BYTES, openai.chat),
-    Route("POST",   "/v1/completions",              Knock.ANY,   Gate.INSIDE,   PROMPT_BODY_BYTES, openai.completions),
-    Route("POST",   "/v1/embeddings",               Knock.ANY,   Gate.INSIDE,   PROMPT_BODY_BYTES, openai.embeddings),
-    Route("GET",    "/api/status",                  Knock.LOCAL, Gate.OPEN,     0,                 control.status),
-    Route("GET",    "/api/models",                  Knock.LOCAL, Gate.OPEN,     0,                 control.models),
-    Route("GET",    "/api/doctor",                  Knock.LOCAL, Gate.ADMIN,    0,                 control.doctor),
-    Route("PUT",    "/api/blobs/{sha256}",          Knock.LOCAL, Gate.SOME_TASK, BLOB_BODY_BYTES,   control.put_blob),
-    Route("POST",   "/api/tasks",                   Knock.LOCAL, Gate.INSIDE,   PROMPT_BODY_BYTES, control.submit),
-    Route("GET",    "/api/tasks",                   Knock.LOCAL, Gate.INSIDE,   0,                 control.tasks),
-    Route("GET",    "/api/tasks/{id}",              Knock.LOCAL, Gate.OWN_TASK, 0,                 control.task),
-    Route("GET",    "/api/tasks/{id}/events",       Knock.LOCAL, Gate.OWN_TASK, 0,                 control.events),
-    Route("GET",    "/api/tasks/{id}/changes",      Knock.LOCAL, Gate.OWN_TASK, 0,                 control.changes),
-    Route("GET",    "/api/tasks/{id}/workspace",    Knock.LOCAL, Gate.OWN_TASK, 0,                 control.workspace),
-    Route("POST",   "/api/tasks/{id}/cancel",       Knock.LOCAL, Gate.OWN_TASK, _SMALL,            control.cancel),
-    Route("POST",   "/api/tasks/{id}/retry",        Knock.LOCAL, Gate.OWN_TASK, _SMALL,            control.retry),
-    Route("GET",    "/api/approvals",               Knock.LOCAL, Gate.ADMIN,    0,                 control.approvals),
-    Route("POST",   "/api/approvals/{id}",          Knock.LOCAL, Gate.INSIDE,   _SMALL,            control.approve),
-    Route("GET",    "/api/keys",                    Knock.LOCAL, Gate.ADMIN,    0,                 control.keys),
-    Route("POST",   "/api/keys",                    Knock.LOCAL, Gate.ADMIN,    _SMALL,            control.create_key),
-    Route("DELETE", "/api/keys/{name}",             Knock.LOCAL, Gate.ADMIN,    0,                 control.revoke_key),
-    Route("GET",    "/api/policy",                  Knock.LOCAL, Gate.ADMIN,    0,                 control.policy),
-    Route("POST",   "/api/policy/explain",          Knock.LOCAL, Gate.ADMIN,    _SMALL,            control.explain),
-    Route("POST",   "/api/policy/reload",           Knock.LOCAL, Gate.ADMIN,    _SMALL,            control.reload),
-    Route("GET",    "/api/receipts",                Knock.LOCAL, Gate.ADMIN,    0,                 control.receipts),
-    Route("GET",    "/api/receipts/head",           Knock.LOCAL, Gate.ADMIN,    0,                 control.receipts_head),
-    Route("POST",   "/api/receipts/verify",         Knock.LOCAL, Gate.ADMIN,    _SMALL,            control.receipts_verify),
-    Route("GET",    "/api/receipts/{id}",           Knock.LOCAL, Gate.ADMIN,    0,                 control.receipt),
+    Route("GET",    "/v1/models",                     PROMPTS,  Gate.OPEN,      0,                 openai.models),
+    Route("POST",   "/v1/chat/completions",           PROMPTS,  Gate.INSIDE,    PROMPT_BODY_BYTES, openai.chat),
+    Route("POST",   "/v1/completions",                PROMPTS,  Gate.INSIDE,    PROMPT_BODY_BYTES, openai.completions),
+    Route("POST",   "/v1/embeddings",                 PROMPTS,  Gate.INSIDE,    PROMPT_BODY_BYTES, openai.embeddings),
+    Route("GET",    "/api/status",                    PERSON,   Gate.OPEN,      0,                 control.status),
+    Route("GET",    "/api/models",                    PERSON,   Gate.OPEN,      0,                 control.models),
+    Route("GET",    "/api/doctor",                    PERSON,   Gate.ADMIN,     0,                 control.doctor),
+    Route("PUT",    "/api/blobs/{sha256}",            PERSON,   Gate.SOME_TASK, BLOB_BODY_BYTES,   control.put_blob),
+    Route("POST",   "/api/tasks",                     PERSON,   Gate.INSIDE,    PROMPT_BODY_BYTES, control.submit),
+    Route("GET",    "/api/tasks",                     PERSON,   Gate.INSIDE,    0,                 control.tasks),
+    Route("GET",    "/api/tasks/{id}",                PERSON,   Gate.OWN_TASK,  0,                 control.task),
+    Route("GET",    "/api/tasks/{id}/events",         PERSON,   Gate.OWN_TASK,  0,                 control.events),
+    Route("GET",    "/api/tasks/{id}/changes",        PERSON,   Gate.OWN_TASK,  0,                 control.changes),
+    Route("GET",    "/api/tasks/{id}/workspace",      PERSON,   Gate.OWN_TASK,  0,                 control.workspace),
+    Route("POST",   "/api/tasks/{id}/cancel",         PERSON,   Gate.OWN_TASK,  _SMALL,            control.cancel),
+    Route("POST",   "/api/tasks/{id}/retry",          PERSON,   Gate.OWN_TASK,  _SMALL,            control.retry),
+    Route("GET",    "/api/approvals",                 PERSON,   Gate.ADMIN,     0,                 control.approvals),
+    Route("POST",   "/api/approvals/{id}",            PERSON,   Gate.INSIDE,    _SMALL,            control.approve),
+    Route("GET",    "/api/keys",                      LOCAL,    Gate.ADMIN,     0,                 control.keys),
+    Route("POST",   "/api/keys",                      LOCAL,    Gate.ADMIN,     _SMALL,            control.create_key),
+    Route("DELETE", "/api/keys/{name}",               LOCAL,    Gate.ADMIN,     0,                 control.revoke_key),
+    Route("GET",    "/api/policy",                    PERSON,   Gate.ADMIN,     0,                 control.policy),
+    Route("POST",   "/api/policy/explain",            PERSON,   Gate.ADMIN,     _SMALL,            control.explain),
+    Route("POST",   "/api/policy/reload",             PERSON,   Gate.ADMIN,     _SMALL,            control.reload),
+    Route("GET",    "/api/receipts",                  PERSON,   Gate.ADMIN,     0,                 control.receipts),
+    Route("GET",    "/api/receipts/head",             PERSON,   Gate.ADMIN,     0,                 control.receipts_head),
+    Route("POST",   "/api/receipts/verify",           PERSON,   Gate.ADMIN,     _SMALL,            control.receipts_verify),
+    Route("GET",    "/api/receipts/{id}",             PERSON,   Gate.ADMIN,     0,                 control.receipt),
+    Route("GET",    "/api/backup",                    LOCAL,    Gate.ADMIN,     0,                 swarm.backup),
+    Route("GET",    "/api/swarm",                     PERSON,   Gate.ADMIN,     0,                 swarm.show),
+    Route("GET",    "/api/swarm/nodes/{node}/ping",   PERSON,   Gate.ADMIN,     0,                 swarm.ping),
+    Route("POST",   "/api/swarm/init",                LOCAL,    Gate.ADMIN,     _SMALL,            swarm.init),
+    Route("POST",   "/api/swarm/invites",             LOCAL,    Gate.ADMIN,     _SMALL,            swarm.invite),
+    Route("POST",   "/api/swarm/invites/{invite}",    LOCAL,    Gate.ADMIN,     _SMALL,            swarm.decide),
+    Route("DELETE", "/api/swarm/invites/{invite}",    LOCAL,    Gate.ADMIN,     0,                 swarm.cancel_invite),
+    Route("POST",   "/api/swarm/enroll",              LOCAL,    Gate.ADMIN,     _SMALL,            swarm.enroll),
+    Route("POST",   "/api/swarm/revoke",              LOCAL,    Gate.ADMIN,     _SMALL,            swarm.revoke),
+    Route("POST",   "/api/swarm/signers",             LOCAL,    Gate.ADMIN,     _SMALL,            swarm.add_signer),
+    Route("DELETE", "/api/swarm/signers/{node}",      LOCAL,    Gate.ADMIN,     0,                 swarm.remove_signer),
+    Route("POST",   "/api/swarm/leave",               LOCAL,    Gate.ADMIN,     _SMALL,            swarm.leave),
+    Route("POST",   "/api/swarm/rekey",               LOCAL,    Gate.ADMIN,     _SMALL,            swarm.rekey),
+    Route("POST",   "/api/swarm/recovery/draft",      LOCAL,    Gate.ADMIN,     _SMALL,            swarm.recovery_draft),
+    Route("POST",   "/api/swarm/recovery",            LOCAL,    Gate.ADMIN,     _PULL,             swarm.recover),
+    Route("POST",   "/swarm/enroll/hello",            STRANGER, Gate.INVITED,   _ENROL,            peers.hello),
+    Route("POST",   "/swarm/enroll/confirm",          STRANGER, Gate.INVITED,   _ENROL,            peers.confirm),
+    Route("POST",   "/swarm/pull",                    ANYBODY,  Gate.OPEN,      _PULL,             peers.pull),
+    Route("POST",   "/swarm/sync",                    MEMBER,   Gate.OPEN,      _SYNC,             peers.sync),
+    Route("GET",    "/swarm/watch",                   NODE,     Gate.OPEN,      0,                 peers.watch),
+    Route("GET",    "/swarm/word",                    MEMBER,   Gate.OPEN,      0,                 peers.word),
+    Route("POST",   "/swarm/signer-key",              SIGNER,   Gate.OPEN,      _SMALL,            peers.signer_key),
 )
 # fmt: on
 
@@ -108,10 +152,10 @@ class Router:
                 return route, found
         return None
 
-    def methods(self, path: str, *, is_local: bool) -> list[str]:
-        """List the methods that a path has on a listener, for a 405."""
+    def methods(self, path: str, caller: Caller) -> list[str]:
+        """List the methods that a path has for a caller, for a 405."""
         found = (self.find(method, path) for method in sorted({route.method for route in ROUTES}))
-        return [row.method for row, _ in filter(None, found) if is_local or row.knock is Knock.ANY]
+        return [row.method for row, _ in filter(None, found) if caller.roles & row.who]
 
 
 def make_router() -> Router:

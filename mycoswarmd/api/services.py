@@ -1,14 +1,18 @@
 """What the HTTP interface needs of the node, as protocols; daemon/wiring.py fills them in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from mycoswarmd.core.policy.model import Policy
 from mycoswarmd.flow.approve import ApprovalDesk
+from mycoswarmd.flow.enrol import Invitations, Newcomer
 from mycoswarmd.flow.ports import ApprovalStore, BlobStore, Clock, Entropy, KeyStore, ReceiptLog, TaskStore
 from mycoswarmd.flow.prompt import Prompts
+from mycoswarmd.flow.swarm import Swarm
+from mycoswarmd.flow.swarmports import Hint, PeerAddress, PeerState
 from mycoswarmd.flow.task import Tasks
+from mycoswarmd.wire.peer import Word
 
 
 class ReceiptBook(ReceiptLog, Protocol):
@@ -60,6 +64,50 @@ class Machine(Protocol):
         ...
 
 
+class Fleet(Protocol):
+    """What is known of the other members just now."""
+
+    def states(self) -> Sequence[PeerState]:
+        """Return how each live member but this node is."""
+        ...
+
+    def hint(self, hint: Hint) -> None:
+        """Hear that somebody may listen somewhere; bounded, and proved before it is used."""
+        ...
+
+    async def ping(self, node_id: str) -> float:
+        """Ask a member something small and return the milliseconds until its answer."""
+        ...
+
+
+class OwnWord(Protocol):
+    """What this node says about itself to the others."""
+
+    def now(self) -> Word:
+        """Return the word of this moment."""
+        ...
+
+    async def next_change(self) -> None:
+        """Wait until the word differs from what it was."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwarmDesk:
+    """Everything about the swarm.
+
+    Attributes:
+        nearby: where swarms were seen on this network; waits a few seconds for the first.
+    """
+
+    swarm: Swarm
+    invitations: Invitations
+    newcomer: Newcomer
+    fleet: Fleet
+    word: OwnWord
+    nearby: Callable[[], Awaitable[Sequence[PeerAddress]]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """Everything that handlers may use."""
@@ -76,3 +124,5 @@ class Services:
     machine: Machine
     clock: Clock
     entropy: Entropy
+    swarm: SwarmDesk | None = None
+    backup: Callable[[], AsyncGenerator[bytes, None]] | None = None

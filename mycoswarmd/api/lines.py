@@ -1,0 +1,295 @@
+"""The connections that are open: how many, to whom, and how to end them at once.
+
+Law: every connection is counted from the moment it is accepted, in its own kind's bound, so that no kind
+of caller can take the places of another. Over the bound a caller is told so in one answer; where even
+those are many, the connection just ends. A member's connections can be cut while they answer.
+"""
+
+import asyncio
+import inspect
+import logging
+import ssl
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
+
+from mycoswarmd.api.access import Door
+from mycoswarmd.api.porch import source_of
+from mycoswarmd.errors import BadRequest, Unavailable
+
+_SILENT = logging.getLogger("mycoswarmd.silent")
+_SILENT.disabled = True
+
+# The OpenAI client keeps connections for a long time; an idle one costs a few KB.
+_KEEPALIVE_S = 75.0
+# aiohttp before 3.9 lets a handler run on when its caller has gone away; there we end it ourselves.
+_CANCELS_HANDLERS = "handler_cancellation" in inspect.signature(web.Server.__init__).parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How many connections there may be, and how long a stranger may take for each step."""
+
+    local: int = 1024  # on the unix socket, and as many on the API-key listener
+    swarm: int = 1024
+    member: int = 64
+    strangers: int = 16
+    strangers_of_source: int = 8
+    handshakes: int = 64
+    handshakes_of_source: int = 32
+    refused: int = 64  # that are only told that there are too many
+    patience_s: float = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One connection.
+
+    Attributes:
+        node_id: the id of the key that was proved on it, or None.
+        refusal: what its first request is answered with, where there were too many.
+        is_endless: it carries an answer that has no end of its own.
+    """
+
+    transport: asyncio.Transport
+    door: Door
+    source: str = ""
+    node_id: str | None = None
+    refusal: Unavailable | None = None
+    is_endless: bool = False
+    work: asyncio.Task[object] | None = None
+    _timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_stranger(self) -> bool:
+        """Tell whether somebody unproved is at the other end."""
+        return self.door is Door.SWARM and self.node_id is None
+
+    def allow(self, seconds: float | None) -> None:
+        """Give the other side so long from now; None: no limit. Afterwards the connection ends."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self.transport.abort)
+
+
+@dataclass(slots=True, eq=False)
+class _Handshake:
+    source: str
+    task: asyncio.Task[object] | None
+
+
+@dataclass(slots=True)
+class Lines:
+    """Every connection of every listener."""
+
+    bounds: Bounds = field(default_factory=Bounds)
+    read_id: Callable[[bytes], str] | None = None
+    refused: set[RequestHandler] = field(default_factory=set)
+    _lines: dict[RequestHandler, Line] = field(default_factory=dict)
+    _members: dict[str, set[Line]] = field(default_factory=dict)
+    _doors: Counter[str] = field(default_factory=Counter)
+    _strangers: Counter[str] = field(default_factory=Counter)
+    _handshakes: list[_Handshake] = field(default_factory=list)
+
+    def of(self, request: BaseRequest) -> Line | None:
+        """Return the line of a request, or None when it has ended."""
+        return self._lines.get(request.protocol)
+
+    def opened(self, handler: RequestHandler, transport: asyncio.Transport, door: Door) -> None:
+        """Count a new connection and find out whose it is."""
+        line = Line(transport, door)
+        if door is Door.SWARM:
+            line.source = source_of(transport.get_extra_info("peername"))
+            try:
+                line.node_id = self._proved_id(transport)
+            except BadRequest:
+                transport.abort()
+                return
+            line.allow(self.bounds.patience_s)
+        line.refusal = self._too_many(line)
+        if line.refusal is not None:
+            if len(self.refused) >= self.bounds.refused:
+                line.allow(None)
+                transport.abort()
+                return
+            self.refused.add(handler)
+            line.allow(self.bounds.patience_s)
+        self._lines[handler] = line
+        self._count(line, +1)
+
+    def closed(self, handler: RequestHandler) -> None:
+        """Forget a connection."""
+        line = self._lines.pop(handler, None)
+        if line is None:
+            return
+        line.allow(None)
+        self._count(line, -1)
+        self.refused.discard(handler)
+        if line.work is not None:
+            line.work.cancel()
+
+    def check(self, request: BaseRequest) -> None:
+        """Raise Unavailable for a request on a connection that is one too many."""
+        line = self.of(request)
+        if line is not None and line.refusal is not None:
+            raise line.refusal
+
+    def member_ids(self) -> list[str]:
+        """Return the ids whose keys were proved on some open connection."""
+        return list(self._members)
+
+    def cut(self, node_ids: Iterable[str]) -> int:
+        """End every connection of these keys at once, also in the middle of an answer; return how many."""
+        found = [line for node_id in node_ids for line in self._members.get(node_id, ())]
+        for line in found:
+            line.transport.abort()
+        return len(found)
+
+    def cut_all(self, door: Door, *, only_endless: bool = False) -> None:
+        """End the connections of a kind of listener."""
+        for line in list(self._lines.values()):
+            if line.door is door and (line.is_endless or not only_endless):
+                line.transport.abort()
+
+    def _proved_id(self, transport: asyncio.Transport) -> str | None:
+        tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
+        der = tls.getpeercert(binary_form=True)
+        assert self.read_id is not None
+        return self.read_id(der) if der else None
+
+    def _too_many(self, line: Line) -> Unavailable | None:
+        bounds, open_ = self.bounds, self._doors
+        if line.door is not Door.SWARM:
+            is_over = open_[line.door] >= bounds.local
+        elif line.node_id is None:
+            of_source = self._strangers[line.source]
+            is_over = self._strangers.total() >= bounds.strangers or of_source >= bounds.strangers_of_source
+        else:
+            is_over = (
+                open_[Door.SWARM] >= bounds.swarm or len(self._members.get(line.node_id, ())) >= bounds.member
+            )
+        if not is_over:
+            return None
+        return Unavailable(
+            "too-many-connections",
+            "cannot answer on one more connection: there are too many of your kind",
+            hint="close some, or use one for several requests",
+        )
+
+    def _count(self, line: Line, by: int) -> None:
+        """Count a line in or out; the refused ones take nobody's place."""
+        if line.refusal is not None:
+            if line.node_id is not None:
+                self._list_member(line, by)  # it can be cut all the same
+            return
+        self._doors[line.door] += by
+        if line.node_id is not None:
+            self._list_member(line, by)
+        elif line.door is Door.SWARM:
+            self._strangers[line.source] += by
+            if not self._strangers[line.source]:
+                del self._strangers[line.source]
+
+    def _list_member(self, line: Line, by: int) -> None:
+        assert line.node_id is not None
+        lines = self._members.setdefault(line.node_id, set())
+        if by > 0:
+            lines.add(line)
+        else:
+            lines.discard(line)
+            if not lines:
+                del self._members[line.node_id]
+
+    # --- handshakes ------------------------------------------------------------------------------
+
+    def has_room(self, source: str) -> bool:
+        """Tell whether one more handshake from here may begin; may end one of a source that hoards them."""
+        bounds = self.bounds
+        of = Counter(one.source for one in self._handshakes)
+        if of[source] >= bounds.handshakes_of_source:
+            return False
+        if self._doors[Door.SWARM] + len(self._handshakes) >= bounds.swarm + bounds.handshakes:
+            return False
+        if len(self._handshakes) < bounds.handshakes:
+            return True
+        hoarder, most = of.most_common(1)[0]
+        if most <= of[source] + 1:
+            return False
+        oldest = next(one for one in self._handshakes if one.source == hoarder)
+        self._handshakes.remove(oldest)
+        if oldest.task is not None:
+            oldest.task.cancel()
+        return True
+
+    @contextmanager
+    def shaking(self, source: str) -> Iterator[None]:
+        """Count a handshake while the context lasts."""
+        one = _Handshake(source, asyncio.current_task())
+        self._handshakes.append(one)
+        try:
+            yield
+        finally:
+            if one in self._handshakes:  # or it had to make room
+                self._handshakes.remove(one)
+
+
+class LineServer(web.Server):
+    """aiohttp's server of one listener, which reports its connections."""
+
+    def __init__(
+        self, handle: Callable[[BaseRequest], Awaitable[StreamResponse]], *, lines: Lines, door: Door
+    ) -> None:
+        options: dict[str, object] = {
+            "access_log": None,
+            "keepalive_timeout": _KEEPALIVE_S,
+            "tcp_keepalive": True,
+            # Its messages quote bytes of requests, and those may be prompts.
+            "logger": _SILENT,
+            # A compressed body would be inflated before anybody knows who sent it.
+            "auto_decompress": False,
+        }
+        # Without this a client that goes away does not stop the engine's work. aiohttp's own test
+        # server sets it where production does not, so our tests run this very class.
+        if _CANCELS_HANDLERS:
+            options["handler_cancellation"] = True
+        super().__init__(handle, **options)  # type: ignore[arg-type]
+        self._open_lines = lines
+        self._door = door
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Count the connection, when its handshake is done."""
+        super().connection_made(handler, transport)
+        self._open_lines.opened(handler, transport, self._door)
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Forget the connection."""
+        self._open_lines.closed(handler)
+        super().connection_lost(handler, exc)
+
+
+if _CANCELS_HANDLERS:
+
+    async def working(line: Line | None, answer: Coroutine[None, None, StreamResponse]) -> StreamResponse:
+        """Have the answer end with its connection: aiohttp sees to it."""
+        del line
+        return await answer
+
+else:
+
+    async def working(line: Line | None, answer: Coroutine[None, None, StreamResponse]) -> StreamResponse:
+        """Have the answer end with its connection: this aiohttp would let it run on."""
+        if line is None:
+            return await answer
+        line.work = asyncio.current_task()
+        try:
+            return await answer
+        finally:
+            line.work = None
