@@ -8,15 +8,13 @@ The fields are what OpenSSL wants under X509_STRICT: RFC 5280, with "no well-def
 the end, key identifiers by RFC 7093 section 2 (1), and the serial number 1: no key issues a second one.
 """
 
-import base64
 import hashlib
 from typing import Final
 
-from mycoswarmd.core.roster import CertFacts
+from mycoswarmd.core.roster import CertFacts, node_id_of
 from mycoswarmd.errors import BadRequest
 from mycoswarmd.trust.keys import PUBLIC_BYTES, SIGNATURE_BYTES, is_usable, public_key, sign, verify
 
-NODE_ID_CHARS = 26
 DOMAIN = "mycoswarm.internal"
 
 _SEQUENCE, _SET, _INTEGER, _BOOLEAN, _BITS, _OCTETS, _OID, _UTF8 = (
@@ -47,8 +45,7 @@ _CLIENT_AUTH = bytes.fromhex("2b06010505070302")
 
 def node_id(public: bytes) -> str:
     """Return the id of a key: base32 of SHA-256 over its SubjectPublicKeyInfo, 26 characters (130 bits)."""
-    digest = hashlib.sha256(_public_key_info(public)).digest()
-    return base64.b32encode(digest).decode("ascii")[:NODE_ID_CHARS].lower()
+    return node_id_of(public)
 
 
 def server_name(node: str) -> str:

@@ -1,7 +1,7 @@
 """This node's own key and certificate, in a directory of its own.
 
-Law: `node.key` is who this node is; the rename that puts it there is the one moment at which that changes. The
-certificate beside it follows from it and is made again where it does not fit.
+Law: `node.key` is who this node is; the rename that puts it there is the one moment at which that changes.
+The certificate beside it follows from it and is made again where it does not fit.
 """
 
 import ssl

@@ -23,11 +23,9 @@ def read_key(path: Path) -> bytes | None:
         raise ConfigError("key-unreadable", f"cannot read the key {str(path)!r}: {exc.strerror}") from exc
     with os.fdopen(descriptor, "rb") as file:
         _check_access(path, os.fstat(descriptor))
-        data = file.read(_MAX_BYTES + 1)
+        data = file.read(_MAX_BYTES)
     _check_directory(path.parent)
     try:
-        if len(data) > _MAX_BYTES:
-            raise ValueError("it is too big")
         return from_pem(data)
     except ValueError as exc:
         raise ConfigError(
@@ -126,7 +124,7 @@ def _check_directory(path: Path) -> None:
     if mode & 0o022 or found.st_uid not in {0, os.geteuid()}:
         raise ConfigError(
             "key-exposed",
-            f"cannot use the keys in {str(path)!r}: others may replace them (its mode is {mode:04o}, its owner "
-            f"uid {found.st_uid})",
+            f"cannot use the keys in {str(path)!r}: others may replace them (its mode is {mode:04o}, its "
+            f"owner uid {found.st_uid})",
             hint=f"chown {os.geteuid()} {path}; chmod 700 {path}",
         )

@@ -7,7 +7,7 @@ the holder of a key can make a second signature of the same message.
 
 import secrets
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
@@ -79,8 +79,8 @@ def from_pem(pem: bytes) -> bytes:
     """Return the seed of a PKCS #8 file; ValueError where it holds no such key."""
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-    except TypeError:
-        raise ValueError("the key is encrypted") from None
+    except (TypeError, UnsupportedAlgorithm) as exc:  # TypeError: it is encrypted
+        raise ValueError("the key cannot be read") from exc
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise ValueError("the key is not an Ed25519 key")  # noqa: TRY004 - the file's contents are a value
     return key.private_bytes(
