@@ -94,12 +94,18 @@ class Permit:
         put(self, "limits", limits)
         put(self, "policy_sha256", sha)
 
-    def covers(self, *, zone: Zone, dest: str | None = None, model: str | None = None) -> bool:
-        """Tell whether a prompt may go there under this permit; without a model, any action's effect."""
+    def covers(
+        self, *, zone: Zone, dest: str | None = None, model: str | None = None, node: str | None = None
+    ) -> bool:
+        """Tell whether a prompt may go there under this permit; without a model, any action's effect.
+
+        In zone lan it may go to the one node that was decided about, and to no other of the swarm.
+        """
         request = self.request
         return (
             request.zone is zone
             and request.dest == dest
+            and (zone is not Zone.LAN or (node is not None and request.node == node))
             and (model is None or (request.action is Action.INFER and request.model == model))
         )
 

@@ -5,6 +5,7 @@ Law: order never matters, so nothing here has an order that a decision could use
 Source: design, policy language.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -24,6 +25,7 @@ from mycoswarmd.core.types import (
 
 # Shell globs match one name; a longer one is a mistake or an attack on the matcher.
 MAX_NAME: Final = 256
+_NODE_ID: Final = re.compile(r"[a-z2-7]{26}")
 OWNER: Final = "owner"
 
 # Which attribute exists for which action. A condition on an attribute that an action does not have
@@ -174,9 +176,11 @@ class Origin:
     value: str
 
     def is_one_of(self, principal: Principal) -> bool:
-        """Tell whether a principal claims to be this."""
+        """Tell whether a principal claims to be this. What has the form of a key's id is never a name."""
         if self.kind == "group":
             return self.value in principal.groups
+        if self.kind == "node" and is_node_id(self.value):
+            return principal.node_id == self.value
         return bool(getattr(principal, self.kind) == self.value)
 
 
@@ -253,8 +257,18 @@ class Policy:
         return self.labels.order[max(ranks, default=self.label_rank(None))]
 
 
+def is_node_id(word: str) -> bool:
+    """Tell whether a word has the form of the id of a key: 26 characters of base32."""
+    return _NODE_ID.fullmatch(word) is not None
+
+
+def node_principal(word: str) -> Principal:
+    """Return another node as a speaker, by its name or by the id of its key."""
+    return Principal(node=word, node_id=word if is_node_id(word) else None)
+
+
 def is_person(principal: Principal) -> bool:
-    """Tell whether a principal is somebody at this node, not an agent, an API key or another node."""
+    """Tell whether a principal is somebody at this node or an operator, not an agent, a key or a node."""
     return principal.agent is None and principal.key is None and principal.node is None
 
 

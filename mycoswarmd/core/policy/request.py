@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from mycoswarmd.core.policy.model import MAX_NAME, OWNER, Policy
+from mycoswarmd.core.policy.model import MAX_NAME, OWNER, Policy, node_principal
 from mycoswarmd.core.policy.tools import TOOLS
 from mycoswarmd.core.types import UNKNOWN, Action, Principal, Request, SandboxLevel, Start, Unknown, Zone
 from mycoswarmd.core.units import DAY_MINUTES, parse_duration_s
@@ -124,7 +124,7 @@ def fingerprint(request: Request, *, label: str) -> str:
         [request.action, request.zone, request.start, label, request.tainted, sorted(request.tags)],
         [getattr(request, key) for key in _WORDS if key != "label"],
         [principal.is_owner, principal.uid, sorted(principal.groups)],
-        [getattr(principal, kind) for kind in KINDS if kind != "group"],
+        [getattr(principal, kind) for kind in (*KINDS, "node_id", "operator") if kind != "group"],
         request.sandbox.value,
     ]
     return hashlib.sha256(json.dumps(facts, ensure_ascii=True).encode()).hexdigest()
@@ -170,6 +170,8 @@ def _principal(value: object, policy: Policy | None) -> Principal:
         raise _bad("origin", "its values are not words")
     if len(named) + bool(groups and "user" not in named) > 1:
         raise _bad("origin", "a speaker is one of user, key, node and agent; only a user is in groups")
+    if "node" in named and not is_owner:
+        return node_principal(named["node"])
     return Principal(is_owner=is_owner, groups=frozenset(groups), **named)
 
 

@@ -23,7 +23,15 @@ from re import compile as compile_regex
 from typing import Final, Protocol
 
 from mycoswarmd.core.policy.globs import TooManyGlobs, shortest_names
-from mycoswarmd.core.policy.model import APPLIES, OWNER, Conditions, Policy, Span, origins_of
+from mycoswarmd.core.policy.model import (
+    APPLIES,
+    OWNER,
+    Conditions,
+    Policy,
+    Span,
+    node_principal,
+    origins_of,
+)
 from mycoswarmd.core.types import (
     UNKNOWN,
     Action,
@@ -201,7 +209,7 @@ class _Origins:
             for some in unions(groups.items(), 0, keep):
                 yield Principal(is_owner=is_owner, user=user, groups=some)
         yield from (Principal(key=value) for value in named["key"])
-        yield from (Principal(node=value) for value in named["node"])
+        yield from (node_principal(value) for value in named["node"])
         yield from (Principal(agent=value) for value in named["agent"])
 
 
