@@ -12,10 +12,17 @@ from mycoswarmd.core.types import Zone
 # What `[routing] prefer` means where the policy has none: stay as near as possible.
 _NEAREST_FIRST = (Zone.SELF.value, Zone.LAN.value, Zone.CLOUD.value)
 
+_BY_SETTINGS = "equal; the order of the settings decides"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One place that serves the model. `engine` is None where nothing here can reach the place."""
+    """One place that serves the model. `engine` is None where nothing here can reach the place.
+
+    Attributes:
+        node: which node computes the answer; None where that is not known, as in a cloud.
+        tier: the size of that node, for a place in the LAN.
+    """
 
     engine: str | None
     model: str
@@ -23,6 +30,8 @@ class Candidate:
     dest: str | None = None
     loaded: bool = False
     running: int = 0
+    node: str | None = None
+    tier: str | None = None
 
 
 def order(candidates: Sequence[Candidate], *, prefer: Sequence[str]) -> list[Candidate]:
@@ -38,7 +47,7 @@ def why_not(loser: Candidate, winner: Candidate, *, prefer: Sequence[str]) -> st
         return "the model is not in memory there"
     if loser.running > winner.running:
         return f"{loser.running} prompts are running there, {winner.running} on the chosen one"
-    return "equal; the order of the settings decides"
+    return "equal; the order of names decides" if loser.zone is Zone.LAN else _BY_SETTINGS
 
 
 def _rank(candidate: Candidate, prefer: Sequence[str]) -> tuple[int, int]:

@@ -173,7 +173,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         )
         prompts = Prompts(
             policy=lambda: keeper.policy,
-            engines=engines,
+            engines=lambda: engines,
             receipts=receipts,
             usage=SqliteUsageStore(db),
             desk=desk,

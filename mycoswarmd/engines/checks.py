@@ -21,7 +21,7 @@ def find_model(models: Sequence[ModelInfo], prompt: Prompt, *, engine: str) -> M
 
 def check_permit(permit: Permit, info: ModelInfo) -> None:
     """Refuse to send a prompt where its permit does not say it may go (M1)."""
-    if not permit.covers(zone=info.zone, dest=info.dest, model=info.name):
+    if not permit.covers(zone=info.zone, dest=info.dest, model=info.name, node=info.node):
         raise LocalProtocolError(
             "permit-mismatch",
             f"cannot send a prompt to model {info.name[:80]!r} at engine {info.engine!r}: "

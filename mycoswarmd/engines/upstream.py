@@ -133,7 +133,7 @@ class Exchange:
                     yield delta
                 return
             events = SseParser()
-            chunks = ChunkParser(prompt.kind)
+            chunks = ChunkParser(prompt.kind, engine=self._engine)
             while not chunks.is_done and (untrusted := await self._piece(response)):
                 for delta in self._parse(untrusted, events, chunks):
                     if translate is None:

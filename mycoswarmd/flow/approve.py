@@ -37,6 +37,8 @@ def principal_text(principal: Principal) -> str:
             "groups": sorted(principal.groups),
             "key": principal.key,
             "node": principal.node,
+            "node_id": principal.node_id,
+            "operator": principal.operator,
             "agent": principal.agent,
         },
         sort_keys=True,

@@ -9,7 +9,7 @@ from mycoswarmd.core.policy.evaluate import Permit
 from mycoswarmd.core.tasks import Event, Task, TaskSpec, TaskState
 from mycoswarmd.core.types import CageSpec, Proof, TaskId, Zone
 from mycoswarmd.wire.frames import Frame
-from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, PromptKind
+from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, PromptKind, Via
 
 
 class Clock(Protocol):
@@ -43,6 +43,8 @@ class ModelInfo:
     Attributes:
         zone: where a prompt to it would go. CLOUD for a local engine that would itself forward.
         dest: the declared destination for CLOUD, or None when it is not declared.
+        node: the member that computes the answer, for LAN; None for engines of this node.
+        tier: what that member says of its size.
     """
 
     name: str
@@ -54,14 +56,20 @@ class ModelInfo:
     native_tools: bool = False
     loaded: bool = False
     size_bytes: int | None = None
+    node: str | None = None
+    tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
-    """How an engine is, for status and placement."""
+    """How an engine is, for status and placement.
+
+    Attributes:
+        absent: the models that it would serve if it were up, where that is known.
+    """
 
     name: str
-    kind: str  # managed | ollama | openai
+    kind: str  # managed | ollama | openai | peer
     state: str  # starting | ready | down | stopped
     detail: str = ""  # for a person: why it is down and what to do
     models: int = 0
@@ -69,13 +77,15 @@ class EngineHealth:
     waiting: int = 0  # prompts held back by its concurrency bound
     pid: int | None = None
     restarts: int = 0
+    node: str | None = None  # of kind peer: which member
+    absent: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
     """Turns a prompt into tokens. Every method that sends a prompt takes the Permit for it.
 
-    Implementations call `permit.covers(zone=..., dest=..., model=...)` before the first byte and raise
-    errors.LocalProtocolError if it does not. They raise NotFound("model-not-found"),
+    Implementations call `permit.covers(zone=..., dest=..., model=..., node=...)` before the first byte and
+    raise errors.LocalProtocolError if it does not. They raise NotFound("model-not-found"),
     Unavailable("engine-down" or "engine-busy"), EngineError("engine-failed"),
     BadRequest("context-too-long" or "bad-request").
     """
@@ -97,10 +107,10 @@ class Engine(Protocol):
         """Start, watch, probe and restart the engine until cancelled."""
         ...
 
-    def stream(self, permit: Permit, prompt: Prompt) -> AsyncGenerator[Delta, None]:
+    def stream(self, permit: Permit, prompt: Prompt) -> AsyncGenerator[Delta | Via, None]:
         """Yield the answer piece by piece; closing the iterator stops the engine's work.
 
-        Ends with Finish and then Usage, always.
+        Ends with Finish and then Usage, always. Begins with Via where another node computes it.
         """
         ...
 

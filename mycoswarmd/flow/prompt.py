@@ -2,8 +2,9 @@
 
 Law: this is the one choke point. Every prompt, local or not, from a person, a program or an agent,
 leaves through `Prompts.route` and nowhere else; engines take the Permit that is made here.
-Fail-over happens only before the first byte and only inside the same Permit. No text of a prompt
-enters facts, receipts, logs or errors.
+Fail-over happens only before the first byte, and only to places that the same rule allows in the same zone
+with the same limits, each under its own Permit. What came from another node is answered on this one or not
+at all: there is no third hop. No text of a prompt enters facts, receipts, logs or errors.
 """
 
 import logging
@@ -15,11 +16,21 @@ from typing import TypeVar
 from mycoswarmd.core.placement import Candidate, order
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.model import Policy
-from mycoswarmd.core.types import UNKNOWN, Action, Principal, Request, SandboxLevel, Start, TaskId, Zone
-from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, NotFound, Unavailable
+from mycoswarmd.core.types import (
+    UNKNOWN,
+    Action,
+    Principal,
+    Request,
+    SandboxLevel,
+    Start,
+    TaskId,
+    Unknown,
+    Zone,
+)
+from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, NotFound, Unauthenticated, Unavailable
 from mycoswarmd.flow.approve import ApprovalDesk
-from mycoswarmd.flow.ports import Clock, Engine, ModelInfo, Receipt, ReceiptLog, UsageStore
-from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, Usage
+from mycoswarmd.flow.ports import Clock, Engine, EngineHealth, ModelInfo, Receipt, ReceiptLog, UsageStore
+from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, Usage, Via
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +38,8 @@ Whole = TypeVar("Whole", Answer, Embeddings)
 
 # Bound on what is remembered of a name that nobody serves, for messages.
 _NAME_SHOWN = 80
+_PEER = "peer"
+_NOT_UP = frozenset({"starting", "down"})
 _DAY_S = 86_400
 _MINUTE_S = 60
 
@@ -50,6 +63,23 @@ class Why:
     outcome: Permit | Denied | NeedsApproval
 
 
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A place that cannot be weighed for a prompt, and why."""
+
+    node: str | None
+    engine: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An engine that may get the prompt, and the permit for exactly that."""
+
+    engine: Engine
+    permit: Permit
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """What this node says about itself."""
@@ -67,15 +97,17 @@ class Prompts:
         self,
         *,
         policy: Callable[[], Policy | None],
-        engines: Sequence[Engine],
+        engines: Callable[[], Sequence[Engine]],
         receipts: ReceiptLog,
         usage: UsageStore,
         desk: ApprovalDesk,
         clock: Clock,
         node: Node,
+        roster_age: Callable[[], int | Unknown] = lambda: UNKNOWN,
     ) -> None:
         self._policy = policy
-        self._engines = {engine.name: engine for engine in engines}
+        self._engines = engines
+        self._roster_age = roster_age
         self._receipts = receipts
         self._usage = usage
         self._desk = desk
@@ -84,18 +116,24 @@ class Prompts:
 
     def models(self) -> list[ModelInfo]:
         """Return everything that some engine says it serves."""
-        return [info for engine in self._engines.values() for info in engine.models()]
+        return [info for engine in self._engines() for info in engine.models()]
 
-    def request(self, speaker: Speaker, *, model: str, zone: Zone, dest: str | None) -> Request:
-        """Gather the facts that a decision about this prompt rests on."""
+    def request(self, speaker: Speaker, candidate: Candidate) -> Request:
+        """Gather the facts that a decision about this prompt, there, rests on."""
+        label, policy = speaker.label, self._policy()
+        if candidate.zone is Zone.LAN and policy is not None:
+            # What is sent along: the other node must not read a lower label out of a word unknown here.
+            label = policy.highest(label)
         facts = Request(
             action=Action.INFER,
             principal=speaker.principal,
-            zone=zone,
             start=speaker.start,
-            label=speaker.label,
-            model=model,
-            dest=dest,
+            zone=candidate.zone,
+            label=label,
+            model=candidate.model,
+            dest=candidate.dest,
+            node=candidate.node,
+            tier=candidate.tier,
             agent=speaker.principal.agent,
             tainted=speaker.tainted,
         )
@@ -107,11 +145,11 @@ class Prompts:
         is_here = request.zone is Zone.SELF
         return replace(
             request,
-            node=self.node.name if is_here else None,
-            tags=self.node.tags if is_here else frozenset(),
-            tier=self.node.tier if is_here else None,
+            node=self.node.name if is_here else request.node,
+            tags=self.node.tags if is_here else request.tags,
+            tier=self.node.tier if is_here else request.tier,
             minute_of_day=UNKNOWN if minute is None else minute,
-            roster_age_s=UNKNOWN,  # this node is in no swarm yet
+            roster_age_s=self._roster_age(),
             sandbox=self.node.sandbox,
         )
 
@@ -125,8 +163,10 @@ class Prompts:
                 dest=info.dest,
                 loaded=info.loaded,
                 running=engine.health().running,
+                node=self.node.name if info.zone is Zone.SELF else info.node,
+                tier=info.tier,
             )
-            for engine in self._engines.values()
+            for engine in self._engines()
             for info in engine.models()
             if info.name == prompt.model and prompt.kind in info.kinds
         ]
@@ -144,14 +184,18 @@ class Prompts:
         policy = self._policy()
         prefer = policy.prefer if policy is not None else ()
         return [
-            Why(
-                candidate,
-                evaluate(
-                    policy,
-                    self.request(speaker, model=candidate.model, zone=candidate.zone, dest=candidate.dest),
-                ),
-            )
+            Why(candidate, evaluate(policy, self.request(speaker, candidate)))
             for candidate in order(self.candidates(prompt), prefer=prefer)
+        ]
+
+    def absent(self, prompt: Prompt) -> list[Absent]:
+        """List the members and engines that do not serve this model now, and why. For explanations."""
+        serving = {candidate.engine for candidate in self.candidates(prompt)}
+        healths = [engine.health() for engine in self._engines() if engine.name not in serving]
+        return [
+            Absent(health.node if health.kind == _PEER else self.node.name, health.name, _why_absent(health))
+            for health in healths
+            if health.kind == _PEER or health.state in _NOT_UP
         ]
 
     async def route(self, speaker: Speaker, prompt: Prompt) -> "Routed":
@@ -164,19 +208,17 @@ class Prompts:
         if permit is None:
             permit = await self._without_permit(speaker, prompt, weighed)
         prompt = await self._within_limits(speaker, permit, prompt)
-        receipt = self._record(speaker, prompt, permit.request, "allow", permit.rule, permit.policy_sha256)
+        places = self._places(permit, weighed)
+        alternates = [place.engine.name for place in places[1:]]
+        receipt = self._record(
+            speaker, prompt, permit.request, "allow", permit.rule, permit.policy_sha256, alternates=alternates
+        )
         if permit.request.zone is not Zone.SELF:
             await self._receipts.durable(receipt)
         if permit.limits.log:
             who = speaker.principal.describe()
             log.info("rule %s allows %s a prompt, receipt %s", permit.rule, who, receipt.id)
-        engines = [
-            self._engines[why.candidate.engine]
-            for why in weighed
-            if why.candidate.engine is not None
-            and (why.candidate.zone, why.candidate.dest) == (permit.request.zone, permit.request.dest)
-        ]
-        if not engines:
+        if not places:
             self.outcome(receipt, code="no-egress")
             raise Unavailable(
                 "no-egress",
@@ -184,7 +226,20 @@ class Prompts:
                 hint="the cloud egress is a package of its own and is not installed",
                 retry_after_s=3600,
             )
-        return Routed(self, speaker, permit, receipt, prompt, engines, self._clock)
+        return Routed(self, speaker, receipt, prompt, places, self._clock)
+
+    def _places(self, permit: Permit, weighed: Sequence[Why]) -> list[Place]:
+        """Return where a prompt may go, best first: what the permit says, and what is allowed just so."""
+        engines = {engine.name: engine for engine in self._engines()}
+        places = []
+        for why in weighed:
+            engine = engines.get(why.candidate.engine or "")
+            own = why.outcome
+            if isinstance(own, NeedsApproval) and own.request == permit.request:
+                own = permit  # the person said yes to exactly this
+            if engine is not None and isinstance(own, Permit) and _is_alike(own, permit):
+                places.append(Place(engine, own))
+        return places
 
     async def _without_permit(self, speaker: Speaker, prompt: Prompt, weighed: Sequence[Why]) -> Permit:
         """Ask a person where the policy says so; otherwise record the denial and raise it."""
@@ -197,8 +252,11 @@ class Prompts:
             row = await self._desk.ask(needs, task_id=None, facts=facts, exact=receipt.id)
             row = await self._desk.wait(row, at_most_s=row.expires_at_ms / 1000)
             return self._desk.permit(needs, row, exact=receipt.id)
-        denied = next((why.outcome for why in weighed if isinstance(why.outcome, Denied)), None)
-        request = self.request(speaker, model=prompt.model, zone=Zone.SELF, dest=None)
+        # Of a prompt from another node, what this node itself says about it counts first.
+        denials = sorted(weighed, key=lambda why: speaker.start is Start.PEER and not _is_here(why))
+        denied = next((why.outcome for why in denials if isinstance(why.outcome, Denied)), None)
+        nowhere = Candidate(engine=None, model=prompt.model, zone=Zone.SELF)
+        request = self.request(speaker, nowhere)
         if denied is None:
             # Nobody serves this name, and a name opens no door: whatever the policy says, there is
             # nowhere to go. With no policy at all, that is the reason to give.
@@ -208,7 +266,7 @@ class Prompts:
         if denied is not None:
             at = next((why.candidate for why in weighed if why.outcome is denied), None)
             if at is not None:
-                request = self.request(speaker, model=at.model, zone=at.zone, dest=at.dest)
+                request = self.request(speaker, at)
             receipt = self._record(
                 speaker, prompt, request, "deny", denied.rule, self._policy_sha256(), code=denied.code
             )
@@ -217,17 +275,30 @@ class Prompts:
         receipt = self._record(
             speaker, prompt, request, "deny", "no-such-model", self._policy_sha256(), code="model-not-found"
         )
-        self.check_engines_up(prompt.model)
+        self.check_engines_up(prompt.model, start=speaker.start)
         raise self._model_not_found(prompt, receipt)
 
-    def check_engines_up(self, model: str) -> None:
-        """Raise Unavailable while some engine is not up: it may be the one that serves this name."""
-        away = [e.name for e in self._engines.values() if e.health().state in {"starting", "down"}]
+    def check_engines_up(self, model: str, *, start: Start = Start.LOCAL) -> None:
+        """Raise Unavailable while something is not up that may be what serves this name.
+
+        An engine here says so only once it is up; of another node it is known what it served last.
+        """
+        healths = [health for engine in self._engines() if (health := engine.health()).state in _NOT_UP]
+        away = [health.name for health in healths if health.kind != _PEER]
         if away:
             raise Unavailable(
                 "engine-down",
                 f"cannot find model {model[:_NAME_SHOWN]!r} now: engine {', '.join(away)} is not up",
                 hint="mycoswarmctl status says why; the model may be there when it is",
+                retry_after_s=5,
+            )
+        nodes = [str(health.node) for health in healths if model in health.absent]
+        if nodes and start is Start.LOCAL:
+            raise Unavailable(
+                "peer-unreachable",
+                f"cannot find model {model[:_NAME_SHOWN]!r} now: node {', '.join(nodes)} serves it and is "
+                "not reachable",
+                hint="mycoswarmctl nodes says why; the model is there when it is",
                 retry_after_s=5,
             )
 
@@ -289,6 +360,7 @@ class Prompts:
         policy_sha256: str,
         *,
         code: str = "",
+        alternates: Sequence[str] = (),
     ) -> Receipt:
         return self._receipts.append(
             "decision",
@@ -305,6 +377,7 @@ class Prompts:
                 "policy": policy_sha256,
                 "code": code,
                 **_where(request),
+                **({"alternates": list(alternates)} if alternates else {}),
             },
         )
 
@@ -325,48 +398,56 @@ class Routed:
     """A permitted prompt on its way; made only by Prompts.route.
 
     Attributes:
-        permit: what allows it.
+        permit: what allows it, at the place that answers.
         receipt: the decision's receipt.
         engine: the name of the engine that answers; known once the first byte is there.
+        node: the name of the node that computes the answer; as above.
     """
 
     def __init__(
         self,
         prompts: Prompts,
         speaker: Speaker,
-        permit: Permit,
         receipt: Receipt,
         prompt: Prompt,
-        engines: Sequence[Engine],
+        places: Sequence[Place],
         clock: Clock,
     ) -> None:
         self._prompts = prompts
         self.speaker = speaker
-        self.permit = permit
         self.receipt = receipt
         self.prompt = prompt
-        self._engines = engines
+        self._places = places
         self._clock = clock
         self._started_s = clock.monotonic_s()
-        self.engine = engines[0].name
+        self.permit = places[0].permit
+        self.engine = places[0].engine.name
         self.usage = Usage(0, 0)
+        self._via: Via | None = None
+
+    @property
+    def node(self) -> str:
+        """The name of the node that computes the answer."""
+        request = self.permit.request
+        return request.node if request.node is not None else self._prompts.node.name
 
     async def complete(self) -> Answer:
         """Return the whole answer."""
-        return await self._first_answer(lambda engine: engine.complete(self.permit, self.prompt))
+        return await self._first_answer(lambda place: place.engine.complete(place.permit, self.prompt))
 
     async def embed(self) -> Embeddings:
         """Return one vector for each input."""
-        return await self._first_answer(lambda engine: engine.embed(self.permit, self.prompt))
+        return await self._first_answer(lambda place: place.engine.embed(place.permit, self.prompt))
 
-    async def _first_answer(self, ask: Callable[[Engine], Awaitable[Whole]]) -> Whole:
+    async def _first_answer(self, ask: Callable[[Place], Awaitable[Whole]]) -> Whole:
         with self._ending():
-            for engine in self._engines_in_turn():
+            for place in self._in_turn():
                 try:
-                    answer = await ask(engine)
+                    answer = await ask(place)
                 except MycoswarmError as exc:
-                    self._try_next_or_raise(engine, exc)
+                    self._try_next_or_raise(place, exc)
                 else:
+                    self._via = answer.via
                     await self._spend(answer.usage)
                     return answer
         raise AssertionError
@@ -374,12 +455,12 @@ class Routed:
     async def stream(self) -> AsyncGenerator[Delta, None]:
         """Yield the answer piece by piece; close it to stop the engine's work."""
         with self._ending():
-            for engine in self._engines_in_turn():
-                async with aclosing(engine.stream(self.permit, self.prompt)) as deltas:
+            for place in self._in_turn():
+                async with aclosing(self._deltas(place)) as deltas:
                     try:
                         delta = await anext(deltas)
                     except MycoswarmError as exc:
-                        self._try_next_or_raise(engine, exc)
+                        self._try_next_or_raise(place, exc)
                         continue
                     pieces, is_counted = 1, False
                     try:
@@ -395,14 +476,26 @@ class Routed:
                             await self._spend(Usage(0, pieces))
                     return
 
-    def _engines_in_turn(self) -> Iterator[Engine]:
-        for engine in self._engines:
-            self.engine = engine.name
-            yield engine
+    async def _deltas(self, place: Place) -> AsyncGenerator[Delta, None]:
+        """Yield what a place answers, keeping apart which other node it comes through."""
+        async with aclosing(place.engine.stream(place.permit, self.prompt)) as deltas:
+            async for delta in deltas:
+                if isinstance(delta, Via):
+                    self._via = delta
+                else:
+                    yield delta
 
-    def _try_next_or_raise(self, engine: Engine, exc: MycoswarmError) -> None:
-        if engine is self._engines[-1] or not exc.retryable:
+    def _in_turn(self) -> Iterator[Place]:
+        for place in self._places:
+            self.engine, self.permit, self._via = place.engine.name, place.permit, None
+            yield place
+
+    def _try_next_or_raise(self, place: Place, exc: MycoswarmError) -> None:
+        # What one member refuses, has lost or cannot prove says nothing about the next.
+        is_about_member = place.permit.request.zone is Zone.LAN and isinstance(exc, _ABOUT_MEMBER)
+        if place is self._places[-1] or not (exc.retryable or is_about_member):
             raise exc
+        log.info("%s does not answer (%s): trying the next place", place.engine.name, exc.code)
 
     async def _spend(self, usage: Usage) -> None:
         self.usage = usage
@@ -424,10 +517,38 @@ class Routed:
                 self.receipt,
                 code=code,
                 engine=self.engine,
+                node=self.node,
+                **({"peer_receipt": self._via.receipt} if self._via is not None else {}),
                 prompt_tokens=self.usage.prompt_tokens,
                 completion_tokens=self.usage.completion_tokens,
                 duration_ms=round((self._clock.monotonic_s() - self._started_s) * 1000),
             )
+
+
+_ABOUT_MEMBER = (Denied, Unauthenticated, NotFound)
+
+
+def _is_alike(one: Permit, other: Permit) -> bool:
+    """Tell whether a prompt may go by one permit instead of the other: nothing but the node differs."""
+    request, also = one.request, other.request
+    return (request.zone, request.dest, one.rule, one.limits, one.policy_sha256) == (
+        also.zone,
+        also.dest,
+        other.rule,
+        other.limits,
+        other.policy_sha256,
+    )
+
+
+def _is_here(why: Why) -> bool:
+    return why.candidate.zone is Zone.SELF
+
+
+def _why_absent(health: EngineHealth) -> str:
+    if health.state == "ready":
+        return "the model is not there"
+    state = "not reachable" if health.kind == _PEER else health.state
+    return f"{state}: {health.detail}" if health.detail else state
 
 
 def _where(request: Request) -> dict[str, object]:

@@ -108,6 +108,14 @@ class Usage:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Via:
+    """Which other node answers, and the id of its receipt, or ""."""
+
+    node: str
+    receipt: str
+
+
 Delta = TextDelta | ReasoningDelta | ToolCallDelta | Finish | Usage
 
 
@@ -120,6 +128,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     finish: str
     usage: Usage
+    via: Via | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +137,4 @@ class Embeddings:
 
     vectors: tuple[tuple[float, ...], ...]
     usage: Usage
+    via: Via | None = None

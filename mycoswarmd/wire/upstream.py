@@ -194,7 +194,8 @@ class ChunkParser:
         usage: what the server said it took, or zeros.
     """
 
-    def __init__(self, kind: PromptKind) -> None:
+    def __init__(self, kind: PromptKind, *, engine: str = "") -> None:
+        self._engine = engine
         self._is_chat = kind is not PromptKind.TEXT
         self.is_finished = False
         self.is_done = False
@@ -209,7 +210,7 @@ class ChunkParser:
             return []
         body = parse_object(untrusted, what="a chunk")
         if "error" in body:
-            raise parse_error(500, untrusted)
+            raise parse_error(500, untrusted, engine=self._engine)
         if body.get("usage") is not None:
             self.usage = _usage(body["usage"])
         choices = body.get("choices")
