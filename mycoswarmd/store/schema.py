@@ -115,7 +115,46 @@ CREATE TABLE usage (
 ) STRICT, WITHOUT ROWID;
 """
 
-MIGRATIONS: tuple[str, ...] = (_TASKS + _RECEIPTS + _SMALL,)
+_SWARM = """
+CREATE TABLE roster (
+    seq INTEGER PRIMARY KEY,              -- the genesis has the lowest
+    sha256 TEXT NOT NULL UNIQUE,
+    statement TEXT NOT NULL               -- JSON, as it goes to other nodes
+) STRICT;
+
+CREATE TABLE beacons (
+    signer TEXT PRIMARY KEY,
+    n INTEGER NOT NULL,
+    beacon TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE invites (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    invite TEXT NOT NULL UNIQUE,
+    boot_id TEXT NOT NULL,
+    keys BLOB NOT NULL,                   -- zeroed when it is not open any more
+    role TEXT NOT NULL,
+    name TEXT NOT NULL,
+    needs_confirm INTEGER NOT NULL,
+    expires_at_boot_ms INTEGER NOT NULL,
+    failures INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('open', 'used', 'burnt', 'expired', 'cancelled'))
+) STRICT;
+
+CREATE TABLE peers (
+    node_id TEXT PRIMARY KEY,
+    addresses TEXT NOT NULL,              -- JSON, [[host, port], ...], the newest first
+    boot INTEGER NOT NULL,
+    instance TEXT NOT NULL,
+    last_seen_at_ms INTEGER NOT NULL,
+    alarm TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- How often the daemon was started, in one row. It outlives the membership: it must never be lower again.
+CREATE TABLE starts (one INTEGER PRIMARY KEY CHECK (one = 1), n INTEGER NOT NULL) STRICT;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_TASKS + _RECEIPTS + _SMALL, _SWARM)
 VERSION = len(MIGRATIONS)
 
 
