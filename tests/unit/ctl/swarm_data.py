@@ -74,7 +74,14 @@ def swarm(*nodes: Mapping[str, Any], **fields: object) -> dict[str, Any]:
     }
 
 
-ALONE = {"swarm": None, "self": None, "roster_age_s": None, "nodes": [], "revoked": [], "invites": []}
+ALONE: dict[str, Any] = {
+    "swarm": None,
+    "self": None,
+    "roster_age_s": None,
+    "nodes": [],
+    "revoked": [],
+    "invites": [],
+}
 
 
 def invited(state: str = "open", **fields: object) -> dict[str, Any]:
