@@ -16,9 +16,10 @@ import json
 import re
 import socket
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import reduce
 from ssl import SSLContext
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,9 @@ _INLINE_BYTES = 1 << 20
 _CONNECT_S = 1.5
 # A node says something every 2 s; after this it is gone.
 SILENT_S = 4.5
-_WATCH_HEAD_S = 5.0
+_WATCH_HEAD_S = 10.0
+# A member's addresses are tried this far apart where none of them is proved yet.
+_STAGGER_S = 0.25
 _ERROR_S = 5.0
 # Words come at most 5 times a second; a node that floods is read no faster than this.
 _WORD_PAUSE_S = 0.05
@@ -318,34 +321,73 @@ class MemberClient:
 
         The caller bounds the time and closes the response.
         """
-        worst: MycoswarmError = _unreachable(self._name, "no address of it is known")
         while len(self._lines) > _MAX_LINES:
             await self._lines.pop(next(iter(self._lines))).aclose()
-        for address in self._in_order():
-            self._tries += 1
+        addresses = self._in_order()
+        if method == "GET" and self._best is None and len(addresses) > 1:
+            return await self._race(addresses, path, headers or {})
+        worst: MycoswarmError = _unreachable(self._name, "no address of it is known")
+        for address in addresses:
             try:
-                response = await self._line(address).send(method, path, body, headers or {})
+                return await self._send_to(address, method, path, body, headers or {})
             except BROKEN as exc:
                 failure = _explain(self._name, address, exc)
-                self._note_failure(address)
                 if not failure.is_nobody:
                     raise failure.error from exc
-                if _gravity(failure.error) >= _gravity(worst):
-                    worst = failure.error
-            else:
-                self._best = address
-                self._failed_at.pop(address, None)
-                return response
+                worst = _graver(failure.error, worst)
         raise worst
+
+    async def _send_to(
+        self, address: PeerAddress, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        try:
+            response = await self._line(address).send(method, path, body, headers)
+        except BROKEN:
+            self._tries += 1
+            self._failed_at[address] = self._tries
+            raise
+        self._best = address
+        self._failed_at.pop(address, None)
+        return response
+
+    async def _race(
+        self, addresses: Sequence[PeerAddress], path: str, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        """Ask at all addresses, a little apart, and return the first answer: most of them may be dead."""
+        answers: list[aiohttp.ClientResponse] = []
+        failures: list[MycoswarmError] = []
+        tasks: list[asyncio.Task[None]] = []
+
+        async def ask(number: int, address: PeerAddress) -> None:
+            await asyncio.sleep(number * _STAGGER_S)
+            try:
+                response = await self._send_to(address, "GET", path, None, headers)
+            except BROKEN as exc:
+                failures.append(_explain(self._name, address, exc).error)
+                return
+            answers.append(response)
+            for task in tasks:
+                if task is not asyncio.current_task():
+                    task.cancel()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks += [group.create_task(ask(*one)) for one in enumerate(addresses)]
+        except BaseException:
+            for response in answers:
+                response.close()
+            raise
+        for response in answers[1:]:
+            response.close()
+        if not answers:
+            raise reduce(lambda worst, one: _graver(one, worst), failures)
+        return answers[0]
 
     def _in_order(self) -> list[PeerAddress]:
         """Begin with where it was reached last; what failed comes last, the longest ago first."""
         known = list(dict.fromkeys(self._addresses.addresses(self._id)))[:MAX_ADDRESSES]
         self._failed_at = {one: at for one, at in self._failed_at.items() if one in known}
         return sorted(known, key=lambda one: (self._failed_at.get(one, 0), one != self._best))
-
-    def _note_failure(self, address: PeerAddress) -> None:
-        self._failed_at[address] = self._tries
 
     def _line(self, address: PeerAddress) -> _Line:
         if self._is_closed:
@@ -550,9 +592,11 @@ def parse_refusal(
     return error
 
 
-def _gravity(error: MycoswarmError) -> int:
-    """Order failures by how much they tell."""
-    return 1 if error.code == "peer-unproved" else 0
+def _graver(error: MycoswarmError, than: MycoswarmError) -> MycoswarmError:
+    """Return the failure that tells more; of two alike, the first argument."""
+    order = ("peer-unproved", "peer-refuses-us")
+    ranks = [order.index(one.code) + 1 if one.code in order else 0 for one in (error, than)]
+    return error if ranks[0] >= ranks[1] else than
 
 
 def _unreachable(name: str, cause: str) -> Unavailable:
