@@ -31,8 +31,8 @@ def split(text: str) -> Address:
     """Split HOST, HOST:PORT, [HOST]:PORT or a bare IPv6 address; BadRequest("bad-address")."""
     host, port = text.strip(), str(PORT)
     if host.startswith("["):
-        host, _, rest = host[1:].partition("]")
-        port = rest[1:] if rest.startswith(":") else port if not rest else ""
+        host, bracket, rest = host[1:].partition("]")
+        port = rest[1:] if rest.startswith(":") else port if bracket and not rest else ""
     elif host.count(":") == 1:
         host, _, port = host.partition(":")
     is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) <= 65_535

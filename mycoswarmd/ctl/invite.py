@@ -4,9 +4,10 @@ Law: the code is shown once and kept nowhere. What a newcomer is admitted as was
 made; the person at --confirm only says yes or no to the key that came with it.
 """
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mycoswarmd.ctl.client import segment
 from mycoswarmd.ctl.members import fetch
@@ -138,16 +139,21 @@ def _cancel(session: Session, invite_id: str) -> None:
 def _wait(session: Session, made: Doc) -> None:
     invite_id = str(made.get("invite"))
     asked: set[str] = set()
+    before: set[str] | None = None
     shows = sys.stderr.isatty() and not session.as_json
     for answer, row in _polled(session, invite_id):
         pending = row.get("pending")
+        ids = {str(one.get("id")) for one in answer.get("nodes") or []}
+        before = ids if before is None else before
         if isinstance(pending, dict) and str(pending.get("id")) not in asked:
             asked.add(str(pending.get("id")))
             _erase(shows=shows)
             _decide(session, invite_id, pending)
         elif row.get("state") == "used":
             _erase(shows=shows)
-            _joined(session, answer, made)
+            _joined(
+                session, invite_id, [one for one in answer["nodes"] if str(one.get("id")) in ids - before]
+            )
             return
         elif (ending := _ENDINGS.get(str(row.get("state")))) is not None:
             _erase(shows=shows)
@@ -175,24 +181,23 @@ def _polled(session: Session, invite_id: str) -> Iterator[tuple[Doc, Doc]]:
 
 
 def _decide(session: Session, invite_id: str, pending: Doc) -> None:
-    session.text(f"\n{line(pending.get('name'))}  {line(pending.get('id'))}")
-    words = pending.get("words")
-    shown = " ".join(map(str, words)) if isinstance(words, list) else str(words or "")
-    session.text(f"its six words: {session.paint('bold', line(shown))}")
-    is_yes = session.confirm("the newcomer shows the same words. let it in?")
-    decision = {"decision": "yes" if is_yes else "no"}
-    session.local.post(f"/api/swarm/invites/{segment(invite_id)}", decision)
+    print(f"\n{line(pending.get('name'))}  {line(pending.get('id'))}")
+    print(f"its six words: {session.paint('bold', line(pending.get('words')))}")
+    is_yes = session.confirm("does the newcomer show the same words, and may it join?")
+    path = f"/api/swarm/invites/{segment(invite_id)}"
+    session.local.post(path, {"decision": "yes" if is_yes else "no"})
     if not is_yes:
+        with contextlib.suppress(Conflict, NotFound):  # somebody else has the code: it must not go on working
+            session.local.delete(path)
         raise Denied("not-confirmed", "cannot let the newcomer in: you said no", hint="the code is void")
 
 
-def _joined(session: Session, answer: Doc, made: Doc) -> None:
-    row = next((row for row in answer.get("nodes") or [] if row.get("id") == made.get("joined")), None)
+def _joined(session: Session, invite_id: str, newcomers: Sequence[Doc]) -> None:
     if session.as_json:
-        session.record({"invite": made.get("invite"), "state": "used"})
-    else:
-        name = f" as {line(row.get('name'))}" if row else ""
-        session.aside(f"the newcomer has joined{name}; `mycoswarmctl nodes` shows it")
+        session.record({"invite": invite_id, "state": "used", "joined": newcomers})
+        return
+    names = " and ".join(f"{line(one.get('name'))}, {line(one.get('id'))}" for one in newcomers)
+    session.aside(f"joined: {names}" if names else "somebody has joined; `mycoswarmctl nodes` shows who")
 
 
 def _erase(*, shows: bool) -> None:
