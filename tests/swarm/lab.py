@@ -24,6 +24,7 @@ from typing import Final, Self, TypeVar
 import pytest
 
 from tests.nodes import Answer, NodeProcess, write_private
+from tests.upstream import Upstream, upstream
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
@@ -41,9 +42,6 @@ ip link set lo up
 POLICY = """
 schema = 1
 name = "swarm-lab"
-[labels]
-order = ["public", "private", "secret"]
-default = "private"
 [[rule]]
 id = "here"
 why = "the owner of a machine decides on it"
@@ -336,8 +334,9 @@ class Capture:
 class LabNode(NodeProcess):
     """A real daemon on a small machine."""
 
-    def __init__(self, host: Host, state: Path) -> None:
+    def __init__(self, host: Host, state: Path, book: Upstream | None = None) -> None:
         super().__init__(state)
+        self._book = book
         self.host = host
         self.name = host.name
         self.id = ""
@@ -346,6 +345,12 @@ class LabNode(NodeProcess):
     def start(self, *, prefix: tuple[str, ...] = (), wait: bool = True) -> None:
         """Start on its machine."""
         super().start(prefix=(*self.host.prefix, *self.wrap, *prefix), wait=wait)
+
+    @property
+    def book(self) -> Upstream:
+        """What this machine's own model server was asked."""
+        assert self._book is not None
+        return self._book
 
     def restart(self) -> None:
         """Pull the plug and start again."""
@@ -403,20 +408,26 @@ class Lab(Network):
     def __init__(self) -> None:
         super().__init__()
         self.nodes: list[LabNode] = []
-        self.recovery_public = ""
+        self._more = contextlib.ExitStack()
 
     def close(self) -> None:
         """End the daemons, then the machines."""
         for node in self.nodes:
             node.kill()
+        self._more.close()
         super().close()
+
+    def engine(self, host: Host) -> Upstream:
+        """Run a scripted model server on a machine's loopback."""
+        with host.inside():
+            return self._more.enter_context(upstream())
 
     def node(
         self,
         name: str,
         *,
         settings: str = "",
-        engine_url: str = "",
+        engine: bool = False,
         policy: str = POLICY,
         start: bool = True,
         host: Host | None = None,
@@ -427,9 +438,10 @@ class Lab(Network):
         host = host or self.host(name, **machine)  # type: ignore[arg-type]
         state = self.directory / name
         write_private(state / "policy.toml", policy)
-        engine = f'[engines.lab]\nkind = "openai"\nurl = "{engine_url}"\n' if engine_url else ""
-        write_private(state / "mycoswarm.toml", f"managed_engine = false\n{settings}\n{engine}")
-        node = LabNode(host, state)
+        book = self.engine(host) if engine else None
+        engines = f'[engines.lab]\nkind = "openai"\nurl = "{book.url}"\n' if book else ""
+        write_private(state / "mycoswarm.toml", f"managed_engine = false\n{settings}\n{engines}")
+        node = LabNode(host, state, book)
         node.wrap = tuple(wrap)
         self.nodes.append(node)
         if start:
@@ -446,9 +458,12 @@ class Lab(Network):
         code = by.invite(**invitation)  # type: ignore[arg-type]
         newcomer.enroll(code, f"{by.host.ip}:{PORT}")
 
-    def swarm_of(self, count: int, **settings: object) -> list[LabNode]:
-        """Return nodes n1.. of one swarm that all see one another."""
-        nodes = [self.node(f"n{index + 1}", start=False, **settings) for index in range(count)]  # type: ignore[arg-type]
+    def swarm_of(self, count: int, *, engines: Sequence[int] = (), **more: object) -> list[LabNode]:
+        """Return nodes n1.. of one swarm that all see one another; those numbered have a model server."""
+        nodes = [
+            self.node(f"n{index + 1}", start=False, engine=index + 1 in engines, **more)  # type: ignore[arg-type]
+            for index in range(count)
+        ]
         for node in nodes:
             node.start(wait=False)
         for node in nodes:

@@ -1,4 +1,4 @@
-"""Lies and garbage by multicast DNS, packed by hand: announcements of anybody, and packets that hurt parsers."""
+"""Lies and garbage by multicast DNS, packed by hand: false announcements, packets that hurt parsers."""
 
 import contextlib
 import random
