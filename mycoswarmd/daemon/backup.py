@@ -35,6 +35,15 @@ async def backup(db: Database, settings: Settings) -> AsyncGenerator[bytes, None
                 yield piece
 
 
+def take_restore_mark(settings: Settings) -> int:
+    """Return how many starts the next one counts for, and remove what `mycoswarmctl restore` left."""
+    mark = settings.state_dir / RESTORED
+    if not mark.exists():
+        return 1
+    mark.unlink()
+    return RESTORED_BOOTS
+
+
 def _pack(archive: Path, database: Path, settings: Settings) -> None:
     state = settings.state_dir
     found = {

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from mycoswarmd import __version__
 from mycoswarmd.core.tasks import TaskState
-from mycoswarmd.core.types import SandboxLevel
+from mycoswarmd.core.types import SandboxLevel, Unknown
+from mycoswarmd.daemon.membership import Membership
 from mycoswarmd.daemon.policyfile import PolicyKeeper
 from mycoswarmd.daemon.settings import Settings
+from mycoswarmd.fleet.fleet import Fleet
 from mycoswarmd.flow.ports import Clock, Engine
+from mycoswarmd.flow.swarm import Swarm
+from mycoswarmd.flow.swarmports import PeerAddress
 from mycoswarmd.inventory.gpu import Gpus
 from mycoswarmd.inventory.host import Host, own_memory_bytes, tier_of
 from mycoswarmd.sandbox.capability import Capability
@@ -21,6 +25,8 @@ from mycoswarmd.store.tasks import SqliteTaskStore
 
 # Below this, the queue may soon be refused by a full disk.
 _DISK_LOW_BYTES = 1 << 30
+# Signers say every six hours that they are there.
+_ROSTER_OLD_S = 3 * 86_400
 # Engines that others run beside a node, where they listen by default.
 _ENGINE_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 50052: "llama.cpp rpc-server"}
 
@@ -40,7 +46,13 @@ class NodeMachine:
         host: Host,
         gpus: Callable[[], Gpus],
         clock: Clock,
+        swarm: Swarm,
+        fleet: Fleet,
+        membership: Callable[[], Membership],
     ) -> None:
+        self._swarm = swarm
+        self._fleet = fleet
+        self._membership = membership
         self._settings = settings
         self._policy = policy
         self._engines = engines
@@ -62,7 +74,7 @@ class NodeMachine:
         return {
             "node": self._settings.node_name,
             "version": __version__,
-            "state": "red" if policy is None else "yellow" if problems else "green",
+            "state": self.state(problems),
             "problems": problems,
             "uptime_s": round(self._clock.monotonic_s() - self._started_s),
             "pid": os.getpid(),
@@ -83,6 +95,7 @@ class NodeMachine:
                 "facts": [asdict(fact) for fact in self._capability.facts],
             },
             "listeners": self._listeners(),
+            "swarm": self._swarm_report(),
             "host": {
                 "hostname": socket.gethostname(),
                 "cpus": self._host.cpus,
@@ -92,6 +105,49 @@ class NodeMachine:
                 "tier": tier_of(self._host, gpus.found),
             },
         }
+
+    def state(self, problems: Sequence[str] | None = None) -> str:
+        """Say in one colour how the node is: red answers nothing, yellow wants to be looked at."""
+        if self._policy.policy is None:
+            return "red"
+        return "yellow" if (self._problems() if problems is None else problems) else "green"
+
+    def _swarm_report(self) -> dict[str, object] | None:
+        roster = self._swarm.roster
+        if roster is None:
+            return None
+        states = self._fleet.states()
+        age_s = self._swarm.age_s()
+        return {
+            "name": roster.name,
+            "id": roster.swarm_id,
+            "node_id": self._swarm.self_id,
+            "signer": self._swarm.is_signer(),
+            "nodes": 1 + len(states),
+            "reachable": 1 + sum(state.word is not None for state in states),
+            "roster_age_s": None if isinstance(age_s, Unknown) else age_s,
+            "digest": roster.digest,
+            "statements": len(roster.hashes),
+        }
+
+    def _swarm_problems(self) -> list[str]:
+        roster, membership = self._swarm.roster, self._membership()
+        if roster is None:
+            return []
+        problems = [f"the roster: {problem}" for problem in roster.problems]
+        if not self._swarm.is_member():
+            problems.append("this node was put out of its swarm: mycoswarmctl leave, then enroll again")
+        if membership.problem:
+            problems.append(f"the swarm cannot reach this node: {membership.problem}")
+        if membership.discovery is not None and membership.discovery.state == "down":
+            problems.append(f"other nodes are not looked for: {membership.discovery.detail}")
+        for state in self._fleet.states():
+            if state.alarm:
+                problems.append(f"node {state.member.name}: {state.alarm}")
+        age_s = self._swarm.age_s()
+        if not isinstance(age_s, Unknown) and age_s > _ROSTER_OLD_S:
+            problems.append(f"no signer was heard for {age_s // 86_400} days: revocations may not have come")
+        return problems
 
     async def doctor(self) -> Sequence[Mapping[str, object]]:
         """Check what is missing or weak on this machine, with the command that fixes it."""
@@ -118,7 +174,8 @@ class NodeMachine:
             for health in (engine.health() for engine in self._engines)
             if health.state == "down"
         ]
-        if not any(engine.models() for engine in self._engines):
+        problems += self._swarm_problems()
+        if not any(engine.models() for engine in self._engines) and self._swarm.roster is None:
             problems.append("no model is served: mycoswarmctl engine install")
         return problems
 
@@ -129,7 +186,13 @@ class NodeMachine:
     def _listeners(self) -> list[str]:
         listen = self._settings.listen
         tcp = [f"http://{listen[0]}:{listen[1]}"] if listen is not None else []
-        return [f"unix:{self._settings.socket_path}", *tcp]
+        return [f"unix:{self._settings.socket_path}", *tcp, *self._swarm_listener()]
+
+    def _swarm_listener(self) -> list[str]:
+        listen = self._settings.swarm_listen
+        if listen is None or not self._swarm.is_member() or self._membership().problem:
+            return []
+        return [f"swarm: {PeerAddress(*listen)}"]
 
     def _policy_check(self) -> dict[str, object]:
         if self._policy.problem:

@@ -11,24 +11,34 @@ import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mycoswarmd.api.access import Doorman, Listener
+from mycoswarmd.api.access import Doorman, Listener, RosterBook
 from mycoswarmd.api.app import Api, bind_tcp, bind_unix
-from mycoswarmd.api.services import Services
+from mycoswarmd.api.services import Services, SwarmDesk
 from mycoswarmd.core.policy.model import Policy
+from mycoswarmd.daemon.backup import backup, take_restore_mark
 from mycoswarmd.daemon.clock import SystemClock, SystemEntropy
 from mycoswarmd.daemon.machine import NodeMachine
+from mycoswarmd.daemon.membership import Membership
+from mycoswarmd.daemon.ownword import OwnWord
 from mycoswarmd.daemon.policyfile import PolicyKeeper
 from mycoswarmd.daemon.settings import EngineSetting, Settings
 from mycoswarmd.engines.llamacpp import ManagedLlama
 from mycoswarmd.engines.ollama import OllamaEngine
 from mycoswarmd.engines.openai_http import OpenAIEngine
-from mycoswarmd.errors import ConfigError
+from mycoswarmd.engines.peer import PeerEngines
+from mycoswarmd.engines.peerhttp import PeerHttp
+from mycoswarmd.errors import ConfigError, Unavailable
+from mycoswarmd.fleet.fleet import Fleet
 from mycoswarmd.flow.approve import ApprovalDesk, ApprovalTimes
+from mycoswarmd.flow.enrol import Checks, Invitations, Newcomer
 from mycoswarmd.flow.ports import Engine
 from mycoswarmd.flow.prompt import Node, Prompts
+from mycoswarmd.flow.swarm import Swarm
+from mycoswarmd.flow.swarmports import Hint, PeerAddress
 from mycoswarmd.flow.task import TaskBounds, Tasks
 from mycoswarmd.inventory.gpu import Gpus, read_gpus
 from mycoswarmd.inventory.host import read_host, tier_of
@@ -41,8 +51,15 @@ from mycoswarmd.store.blobs import DirectoryBlobStore
 from mycoswarmd.store.db import Database
 from mycoswarmd.store.keys import SqliteKeyStore
 from mycoswarmd.store.receipts import SqliteReceiptLog
+from mycoswarmd.store.roster import SqliteRosterStore
 from mycoswarmd.store.tasks import SqliteTaskStore
 from mycoswarmd.store.usage import SqliteUsageStore
+from mycoswarmd.trust.certificate import read_certificate
+from mycoswarmd.trust.identity import IdentityFile
+from mycoswarmd.trust.keys import verify
+from mycoswarmd.trust.signer import FileSigner
+from mycoswarmd.trust.tlsctx import knock_context
+from mycoswarmd.wire.jsonv import get_str
 
 log = logging.getLogger(__name__)
 
@@ -171,14 +188,41 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             entropy=entropy,
             times=ApprovalTimes(task_s=settings.approval_s),
         )
+        roster_store = SqliteRosterStore(db)
+        identities = IdentityFile(settings.state_dir / "identity")
+        swarm = Swarm(
+            store=roster_store,
+            identities=identities,
+            signer=FileSigner(settings.state_dir / "signer"),
+            receipts=receipts,
+            clock=clock,
+            entropy=entropy,
+            verify=verify,
+            read_cert=read_certificate,
+        )
+        await swarm.start(boots=take_restore_mark(settings))
+        dialer = PeerHttp(
+            client_context=lambda cert_der: membership.client_context(cert_der), knock_context=knock_context
+        )
+        fleet = Fleet(
+            swarm=swarm,
+            store=roster_store,
+            dialer=dialer,
+            clock=clock,
+            entropy=entropy,
+            static=[PeerAddress(*peer) for peer in settings.peers],
+            own_port=lambda: membership.port(),
+        )
+        members = PeerEngines(fleet.states, fleet.client)
         prompts = Prompts(
             policy=lambda: keeper.policy,
-            engines=lambda: engines,
+            engines=lambda: [*engines, *members()],
             receipts=receipts,
             usage=SqliteUsageStore(db),
             desk=desk,
             clock=clock,
             node=Node(name=settings.node_name, tier=tier_of(host, gpus.found), sandbox=capability.level),
+            roster_age=swarm.age_s,
         )
         tasks = Tasks(
             policy=lambda: keeper.policy,
@@ -203,6 +247,26 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             host=host,
             gpus=lambda: gpus,
             clock=clock,
+            swarm=swarm,
+            fleet=fleet,
+            membership=lambda: membership,
+        )
+        invitations = Invitations(
+            swarm=swarm,
+            store=roster_store,
+            clock=clock,
+            entropy=entropy,
+            check=Checks(verify=verify, read_cert=read_certificate),
+        )
+        await invitations.load()
+        membership = Membership(settings=settings, swarm=swarm, fleet=fleet, api=lambda: api, clock=clock)
+        word = OwnWord(
+            swarm=swarm,
+            prompts=prompts,
+            engines=engines,
+            state=machine.state,
+            port=membership.port,
+            clock=clock,
         )
         services = Services(
             prompts=prompts,
@@ -217,15 +281,52 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             machine=machine,
             clock=clock,
             entropy=entropy,
+            swarm=SwarmDesk(
+                swarm=swarm,
+                invitations=invitations,
+                newcomer=Newcomer(
+                    swarm=swarm,
+                    identities=identities,
+                    dialer=dialer,
+                    entropy=entropy,
+                    found_at=lambda node_id, address: fleet.hint(Hint(address=address, node_id=node_id)),
+                ),
+                fleet=fleet,
+                word=word,
+                nearby=membership.nearby,
+            ),
+            backup=lambda: backup(db, settings),
         )
+
+        def take_name() -> None:
+            """Be called what the roster says."""
+            me = swarm.member(swarm.self_id or "")
+            prompts.node = replace(prompts.node, name=me.name if me is not None else settings.node_name)
+
+        take_name()
+        stack.callback(swarm.subscribe(take_name))
 
         async def look_at_gpus() -> None:
             nonlocal gpus
             gpus = await asyncio.to_thread(read_gpus)
             prompts.node = replace(prompts.node, tier=tier_of(host, gpus.found))
 
-        api = Api(services, Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid()))
-        background = {"receipts": receipts.run, "keys": keys.run, "tasks": tasks.run, "gpus": look_at_gpus}
+        book = RosterBook(
+            read_id=lambda cert_der: read_certificate(cert_der).node_id,
+            member_of=swarm.member,
+            self_id=lambda: swarm.self_id,
+        )
+        api = Api(services, Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid(), book=book))
+        swarm.ask_signer_key, swarm.spread = partial(_ask_signer_key, fleet), fleet.spread
+        background = {
+            "receipts": receipts.run,
+            "keys": keys.run,
+            "tasks": tasks.run,
+            "gpus": look_at_gpus,
+            "beacons": swarm.run,
+            "membership": membership.run,
+            "word": word.run,
+        }
         background |= {f"engine:{engine.name}": engine.run for engine in engines}
         listeners = _listeners(settings)  # what cannot be bound is said before anything runs
         await stack.enter_async_context(_in_background(background))
@@ -234,6 +335,19 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         for sock, listener in listeners:
             await stack.enter_async_context(api.listening(sock, listener))
         yield policy_desk
+
+
+async def _ask_signer_key(fleet: Fleet, node_id: str) -> str:
+    """Have another node make its signing key, and return the public half."""
+    client = fleet.client(node_id)
+    if client is None:
+        raise Unavailable(
+            "peer-unreachable",
+            "cannot make this node a signer: it cannot be reached now, and it makes its key itself",
+            hint="mycoswarmctl nodes says why",
+        )
+    answer = await client.ask("POST", "/swarm/signer-key", {})
+    return get_str(dict(answer), "key", where="signer-key", max_len=64)
 
 
 def _make_directory(path: Path) -> None:

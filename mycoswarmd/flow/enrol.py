@@ -26,9 +26,9 @@ from mycoswarmd.core.enrol import (
     parse_code,
     parse_hello,
     seal_bundle,
-    six_words,
 )
 from mycoswarmd.core.roster import ReadCert
+from mycoswarmd.core.words import six_words
 from mycoswarmd.errors import (
     BadRequest,
     Conflict,
@@ -108,16 +108,16 @@ class Invitations:
         """Make an invitation; its code is in the answer and nowhere else."""
         if not self._swarm.is_signer():
             raise Conflict(
-                "not-a-signer", "cannot invite: this node is no signer", hint="mycoswarmctl nodes shows which is"
+                "not-a-signer",
+                "cannot invite: this node is no signer",
+                hint="mycoswarmctl nodes shows which is",
             )
         if role not in {"node", "operator"}:
             raise BadRequest("bad-request", "cannot invite: the role is node or operator", where="role")
         if name:
             check_name(name)
         if not 1 <= ttl_s <= MAX_TTL_S:
-            raise BadRequest(
-                "bad-request", f"cannot invite for {ttl_s} s: from 1 s to 24 h", where="ttl_s"
-            )
+            raise BadRequest("bad-request", f"cannot invite for {ttl_s} s: from 1 s to 24 h", where="ttl_s")
         if sum(self._state(row) == "open" for row in self._rows.values()) >= MAX_OPEN:
             raise Conflict("too-many-invites", f"cannot invite: {MAX_OPEN} invitations are open already")
         code = make_code(bytes.fromhex(self._entropy.token(32)))
@@ -215,7 +215,9 @@ class Invitations:
                 )
             except Unauthenticated:
                 failures = await self._store.count_failure(row.invite, at_most=MAX_FAILURES)
-                self._rows[row.invite] = _with(row, failures, "burnt" if failures >= MAX_FAILURES else row.state)
+                self._rows[row.invite] = _with(
+                    row, failures, "burnt" if failures >= MAX_FAILURES else row.state
+                )
                 raise
             if row.needs_confirm and row.state == "open" and not self._is_decided(row, greeting):
                 return {"pending": True}
@@ -298,7 +300,9 @@ class Invitations:
         state = self._state(row)
         if state != "open":
             code, cause = _CLOSED[state]
-            raise Conflict(code, f"cannot join with this code: {cause}", hint="mycoswarmctl invite makes a new one")
+            raise Conflict(
+                code, f"cannot join with this code: {cause}", hint="mycoswarmctl invite makes a new one"
+            )
 
     def _state(self, row: InviteRow) -> str:
         if row.state == "open" and row.expires_at_boot_ms <= self._clock.boot_s() * 1000:

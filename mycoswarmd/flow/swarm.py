@@ -25,6 +25,7 @@ from mycoswarmd.core.roster import (
     make_body,
     parse_beacon,
     parse_statement,
+    sign_beacon,
     signed,
 )
 from mycoswarmd.core.types import UNKNOWN, Role, Unknown
@@ -80,9 +81,13 @@ class Swarm:
         self.ask_signer_key: Callable[[str], Awaitable[str]] | None = None
         self.spread: Callable[[], Awaitable[None]] | None = None
 
-    async def start(self) -> None:
-        """Read what is on disk; raise ConfigError when key and roster do not fit together."""
-        self.boot = await self._store.next_boot()
+    async def start(self, *, boots: int = 1) -> None:
+        """Read what is on disk; raise ConfigError when key and roster do not fit together.
+
+        `boots` is what this start counts for: more than one after a restore, so that nobody takes this node
+        for a copy of itself.
+        """
+        self.boot = await self._store.next_boot(by=boots)
         self.identity = await asyncio.to_thread(self._identities.load)
         statements, beacons = await self._store.load()
         if not statements:
@@ -294,7 +299,7 @@ class Swarm:
         if key is None or roster is None or not self.is_signer():
             return
         known = self._beacons.get(key.hex())
-        beacon = encode_beacon(
+        beacon = sign_beacon(
             swarm=roster.swarm_id,
             epoch=roster.epoch,
             signer=key,
@@ -326,7 +331,9 @@ class Swarm:
         genesis = self._parse(signed(body, (signer, self._signer.sign)))
         whole = StatementSet(genesis)
         admit = self._parse(
-            self._sign(Kind.ADMIT, genesis.sha256, 0, cert=_b64(identity.cert_der), name=node_name, role="node")
+            self._sign(
+                Kind.ADMIT, genesis.sha256, 0, cert=_b64(identity.cert_der), name=node_name, role="node"
+            )
         )
         whole.add([admit])
         await self._note("init", swarm=genesis.sha256, node=identity.node_id)

@@ -199,8 +199,8 @@ class RosterStore(Protocol):
         """Keep a beacon if its counter is higher than the kept one."""
         ...
 
-    async def next_boot(self) -> int:
-        """Count this start of the daemon and return the number, from 1."""
+    async def next_boot(self, *, by: int = 1) -> int:
+        """Count this start of the daemon and return the number, from 1; after a restore, far ahead."""
         ...
 
     async def put_invite(self, row: InviteRow, *, boot_id: str) -> None:

@@ -95,13 +95,14 @@ class SqliteRosterStore:
             )
         )
 
-    async def next_boot(self) -> int:
-        """Count this start of the daemon and return the number, from 1."""
+    async def next_boot(self, *, by: int = 1) -> int:
+        """Count this start of the daemon and return the number, from 1; after a restore, far ahead."""
 
         def count(connection: sqlite3.Connection) -> int:
             row = connection.execute(
-                "INSERT INTO starts (one, n) VALUES (1, 1)"
-                " ON CONFLICT (one) DO UPDATE SET n = n + 1 RETURNING n"
+                "INSERT INTO starts (one, n) VALUES (1, :by)"
+                " ON CONFLICT (one) DO UPDATE SET n = n + :by RETURNING n",
+                {"by": by},
             ).fetchone()
             return int(row["n"])
 

@@ -1,0 +1,175 @@
+"""The swarm's door and its links: open while this node is a member, closed while it is none.
+
+Law: nothing listens for others and nothing is announced before this node is in a swarm, and both end with
+its membership. A door that cannot be opened is a problem that `status` shows; the rest of the node works on.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable, Sequence
+
+from mycoswarmd.api.access import SWARM_LISTENER
+from mycoswarmd.api.app import Api, bind_tcp
+from mycoswarmd.daemon.settings import Settings
+from mycoswarmd.errors import ConfigError, Unavailable
+from mycoswarmd.fleet.discovery import Discovery
+from mycoswarmd.fleet.fleet import Fleet
+from mycoswarmd.flow.ports import Clock
+from mycoswarmd.flow.swarm import Swarm
+from mycoswarmd.flow.swarmports import Hint, PeerAddress
+from mycoswarmd.sandbox.outpost import Outpost, start_outpost
+from mycoswarmd.trust.identity import NodeIdentity
+from mycoswarmd.trust.tlsctx import Tls
+from mycoswarmd.wire.hints import LINE_BYTES, Announcement
+
+log = logging.getLogger(__name__)
+
+DISCOVERY_MODULE = "mycoswarmd.outposts.discovery"
+_DIGEST_CHARS = 16
+# How long an unenrolled node looks for a swarm, and waits for a second one when it has found the first.
+_LOOK_S, _AND_OTHERS_S = 5.0, 0.3
+_BIND_AGAIN_S = 5.0
+_BIND_HINT = "choose another with swarm_listen in the settings"
+
+
+class Membership:
+    """Opens and closes what membership needs. One per daemon."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        swarm: Swarm,
+        fleet: Fleet,
+        api: Callable[[], Api],
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._swarm = swarm
+        self._fleet = fleet
+        self._api = api
+        self._clock = clock
+        self._tls: Tls | None = None
+        self._tls_id = ""
+        self._changed = asyncio.Event()
+        self.discovery: Discovery | None = None
+        self.problem = ""
+        swarm.subscribe(self._on_change)
+
+    def port(self) -> int:
+        """Return the port that others find this node at; 0 while it does not listen."""
+        listen = self._settings.swarm_listen
+        return listen[1] if listen is not None else 0
+
+    def client_context(self, cert_der: bytes) -> ssl.SSLContext:
+        """Return the TLS context to reach the member with this certificate, as this node."""
+        return self._own_tls().client_context(cert_der)
+
+    async def nearby(self) -> Sequence[PeerAddress]:
+        """Look for swarms on the networks of this machine; a few seconds at most."""
+        if not self._settings.discovery:
+            raise Unavailable(
+                "discovery-off",
+                "cannot look for a swarm: discovery is off in the settings",
+                hint="say where one is: mycoswarmctl enroll --address HOST",
+            )
+        found: dict[PeerAddress, None] = {}
+        first = asyncio.Event()
+
+        def note(hint: Hint) -> None:
+            if len(found) < 64:
+                found[hint.address] = None
+            first.set()
+
+        looking = Discovery(_start_discovery, note, clock=self._clock)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(looking.run())
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    await first.wait()
+                await asyncio.sleep(_AND_OTHERS_S)
+            except TimeoutError:
+                log.info("no swarm was seen on this network")
+            finally:
+                task.cancel()
+        return list(found)
+
+    async def run(self) -> None:
+        """Be a member whenever the roster says so, until cancelled."""
+        while True:
+            self._changed.clear()
+            node_id = self._swarm.self_id
+            if not self._swarm.is_member() or node_id is None:
+                await self._changed.wait()
+                continue
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._listen(), name="swarm:listen"),
+                    group.create_task(self._fleet.run(), name="swarm:fleet"),
+                    group.create_task(self._discover(), name="swarm:discovery"),
+                ]
+                while self._swarm.is_member() and self._swarm.self_id == node_id:
+                    await self._changed.wait()
+                    self._changed.clear()
+                for task in tasks:
+                    task.cancel()
+
+    def _on_change(self) -> None:
+        if self._tls is not None:
+            self._tls.refresh()
+        self._announce()
+        self._changed.set()
+
+    def _own_tls(self) -> Tls:
+        identity = self._swarm.identity
+        assert isinstance(identity, NodeIdentity)
+        if self._tls is None:
+            self._tls = Tls(identity.seed, identity.cert_der)
+        elif self._tls_id != identity.node_id:
+            self._tls.replace(identity.seed, identity.cert_der)
+        self._tls_id = identity.node_id
+        return self._tls
+
+    def _anchors(self) -> Sequence[bytes]:
+        roster = self._swarm.roster
+        return [member.cert_der for member in roster.members.values()] if roster is not None else []
+
+    async def _listen(self) -> None:
+        where = self._settings.swarm_listen
+        if where is None:
+            return
+        while True:
+            try:
+                sock = bind_tcp(*where, hint=_BIND_HINT)
+            except ConfigError as exc:
+                self.problem = exc.message
+                log.error("%s", exc)  # noqa: TRY400 - deliberate, with its own words
+                await asyncio.sleep(_BIND_AGAIN_S)
+                continue
+            self.problem = ""
+            context = self._own_tls().server_context(self._anchors)
+            async with self._api().listening(sock, SWARM_LISTENER, context):
+                log.info("listening for the swarm at %s", PeerAddress(*where))
+                await asyncio.get_running_loop().create_future()  # until cancelled
+
+    async def _discover(self) -> None:
+        if not self._settings.discovery:
+            return
+        self.discovery = Discovery(_start_discovery, self._fleet.hint, clock=self._clock)
+        self._announce()
+        try:
+            await self.discovery.run()
+        finally:
+            self.discovery = None
+
+    def _announce(self) -> None:
+        discovery, node_id = self.discovery, self._swarm.self_id
+        if discovery is None or node_id is None or not self._swarm.is_member() or not self.port():
+            return
+        digest = self._swarm.digest[:_DIGEST_CHARS]
+        discovery.announce(Announcement(node_id=node_id, port=self.port(), digest=digest))
+
+
+async def _start_discovery() -> Outpost:
+    return await start_outpost(DISCOVERY_MODULE, line_bytes=LINE_BYTES)
