@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, check_ro
 from mycoswarmd.api.call import ROSTER_HEADER, Call
 from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer, working
 from mycoswarmd.api.porch import Buckets, Rate, source_of
-from mycoswarmd.api.routes import Gate, Route, make_router
+from mycoswarmd.api.routes import ROUTES, Gate, Route, make_router
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
 from mycoswarmd.core.types import Action, Request, TaskId
@@ -65,10 +65,17 @@ _FULL_S = 1.0
 class Api:
     """Serves one set of services on any number of listeners."""
 
-    def __init__(self, services: Services, doorman: Doorman, *, bounds: Bounds | None = None) -> None:
+    def __init__(
+        self,
+        services: Services,
+        doorman: Doorman,
+        *,
+        bounds: Bounds | None = None,
+        routes: Sequence[Route] = ROUTES,
+    ) -> None:
         self._services = services
         self._doorman = doorman
-        self._router = make_router()
+        self._router = make_router(routes)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()
@@ -444,3 +451,8 @@ def bind_tcp(
             hint=f"another program has it; {hint}",
         ) from exc
     return sock
+
+
+def bind_swarm(host: str, port: int) -> socket.socket:
+    """Bind the swarm's listener."""
+    return bind_tcp(host, port, hint='choose another with swarm_listen, or "none"')

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.openai import send
+from mycoswarmd.core.placement import why_not
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.explain import explain as explain_request
 from mycoswarmd.core.policy.request import parse_request
@@ -17,7 +19,7 @@ from mycoswarmd.core.types import Action, Request, TaskId
 from mycoswarmd.errors import BadRequest, Denied
 from mycoswarmd.flow.approve import parse_principal
 from mycoswarmd.flow.ports import ApprovalRow, KeyRow
-from mycoswarmd.flow.prompt import Speaker, Why
+from mycoswarmd.flow.prompt import Absent, Speaker, Why
 from mycoswarmd.wire.jsonv import get_bool, get_int, get_str
 from mycoswarmd.wire.prompt import Prompt, PromptKind
 
@@ -54,6 +56,7 @@ async def models(call: Call) -> StreamResponse:
             "native_tools": info.native_tools,
             "loaded": info.loaded,
             "size_bytes": info.size_bytes,
+            "node": info.node,
         }
         for info in call.services.prompts.models()
     ]
@@ -255,21 +258,28 @@ async def explain(call: Call) -> StreamResponse:
     request = parse_request(body, in_force, speaker=call.principal)
     if request.action is not Action.INFER or "zone" in body or request.model is None:
         return json_answer(explain_request(in_force, request).as_json())
-    weighed = _weigh(call, request)
-    if weighed:  # without a zone, the question is what would become of a real prompt
-        best = min(weighed, key=lambda why: _RANK[_decision(why.outcome)]).candidate
-        request = replace(request, zone=best.zone, dest=best.dest)
+    # Without a zone, the question is what would become of a real prompt.
+    prompt = Prompt(kind=PromptKind.CHAT, model=request.model, params={})
+    weighed = sorted(_weigh(call, request, prompt), key=lambda why: _RANK[_decision(why.outcome)])
+    if weighed:
+        best = weighed[0].candidate
+        request = replace(request, zone=best.zone, dest=best.dest, node=best.node, tier=best.tier)
     answer = explain_request(in_force, request).as_json()
-    answer["candidates"] = [_candidate_row(call, why) for why in weighed]
+    prefer = in_force.prefer if in_force is not None else ()
+    answer["candidates"] = [
+        *[_candidate_row(why, weighed[0], prefer) for why in weighed],
+        *[_absent_row(prompt.model, one) for one in call.services.prompts.absent(prompt)],
+    ]
     return json_answer(answer)
 
 
 _RANK = {"allow": 0, "ask": 1, "deny": 2}
 
 
-def _weigh(call: Call, request: Request) -> list[Why]:
-    prompt = Prompt(kind=PromptKind.CHAT, model=request.model or "", params={})
-    speaker = Speaker(principal=request.principal, label=request.label, tainted=request.tainted)
+def _weigh(call: Call, request: Request, prompt: Prompt) -> list[Why]:
+    speaker = Speaker(
+        principal=request.principal, start=request.start, label=request.label, tainted=request.tainted
+    )
     return call.services.prompts.weigh(speaker, prompt)
 
 
@@ -279,16 +289,36 @@ def _decision(outcome: Permit | Denied | NeedsApproval) -> str:
     return "deny" if isinstance(outcome, Denied) else "ask"
 
 
-def _candidate_row(call: Call, why: Why) -> dict[str, object]:
+def _candidate_row(why: Why, winner: Why, prefer: Sequence[str]) -> dict[str, object]:
+    reason = ""
+    if isinstance(why.outcome, Denied):
+        reason = why.outcome.message
+    elif why is not winner and _decision(why.outcome) == _decision(winner.outcome):
+        reason = why_not(why.candidate, winner.candidate, prefer=prefer)
+    elif why is not winner:
+        reason = "a person would have to approve it"
     return {
-        "node": call.services.prompts.node.name,
+        "node": why.candidate.node,
         "engine": why.candidate.engine,
         "model": why.candidate.model,
         "zone": why.candidate.zone.value,
         "dest": why.candidate.dest,
         "decision": _decision(why.outcome),
         "rule": why.outcome.rule,
-        "why": why.outcome.message if isinstance(why.outcome, Denied) else "",
+        "why": reason,
+    }
+
+
+def _absent_row(model: str, absent: Absent) -> dict[str, object]:
+    return {
+        "node": absent.node,
+        "engine": absent.engine,
+        "model": model,
+        "zone": None,
+        "dest": None,
+        "decision": "absent",
+        "rule": "",
+        "why": absent.why,
     }
 
 

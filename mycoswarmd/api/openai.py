@@ -125,7 +125,7 @@ async def send(response: StreamResponse, piece: bytes) -> None:
 
 def _headers(call: Call, routed: Routed) -> dict[str, str]:
     return {
-        "X-Mycoswarm-Node": call.services.prompts.node.name,
+        "X-Mycoswarm-Node": header_text(routed.node),
         "X-Mycoswarm-Zone": routed.permit.request.zone.value,
         "X-Mycoswarm-Rule": routed.permit.rule,
         "X-Mycoswarm-Receipt": routed.receipt.id,
