@@ -172,9 +172,9 @@ def parse_statement(untrusted: object, *, verify: Verify, read_cert: ReadCert) -
     )
 
 
-def refused(why: str) -> BadRequest:
+def refused(why: str, *, hint: str = "", where: str = "") -> BadRequest:
     """Make the error for a statement that has not the form."""
-    return BadRequest("bad-statement", f"cannot accept the statement: {why}")
+    return BadRequest("bad-statement", f"cannot accept the statement: {why}", hint=hint, where=where)
 
 
 def is_public_key(value: object) -> bool:
@@ -243,10 +243,10 @@ def _read_body(untrusted: bytes) -> tuple[Kind, dict[str, Any]]:
         raise refused("its kind is unknown")
     fields = _FIELDS[Kind(kind)]
     if body.keys() != fields.keys():
-        raise refused(f"a {kind} has not exactly these fields")
+        raise refused(f"its fields are not exactly those of {kind!r}")
     for name, is_valid in fields.items():
         if not is_valid(body[name]):
-            raise refused(f"{name!r} of a {kind} is not what it must be")
+            raise refused(f"{name!r} is not what it must be", hint=_HINTS.get(name, ""), where=name)
     if kind == Kind.EPOCH and body["n"] != body["epoch"]:
         raise refused("an epoch has two numbers")
     return Kind(kind), body
@@ -295,6 +295,11 @@ def _are_signers(value: object) -> bool:
     return len({one["key"] for one in value}) == len(value)
 
 
+# For the fields that a person types.
+_HINTS: Final[Mapping[str, str]] = {
+    "name": "a name has 1 to 64 letters, digits, '.', '_' or '-' and begins with a letter or digit",
+    "reason": f"a reason has at most {MAX_REASON_CHARS} printable characters",
+}
 _is_node = _matches(_NODE_ID)
 _COMMON: Final[Mapping[str, Callable[[object], bool]]] = {
     "v": lambda value: is_number(value, _VERSION, _VERSION),
