@@ -7,7 +7,6 @@ behind and nothing outside is touched. Law: what happens between machines happen
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import socket
@@ -507,6 +506,6 @@ def python_on(host: Host, *arguments: str) -> list[str]:
     return [*host.prefix, sys.executable, *arguments]
 
 
-def dumps(value: object) -> bytes:
-    """JSON as the swarm signs it."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+def weakened(*defences: str) -> tuple[str, ...]:
+    """Return what to put before a daemon so that it runs without these defences."""
+    return (sys.executable, "-m", "tests.swarm.weakened.daemon", ",".join(defences))

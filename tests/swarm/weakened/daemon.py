@@ -1,11 +1,17 @@
-"""The daemon with one defence removed: `daemon.py DEFENCE [python -m mycoswarmd.daemon.main] run ...`.
+"""The daemon with one defence removed: `daemon.py DEFENCE,... [python -m mycoswarmd.daemon.main] run ...`.
 
 A test of an attack is worth something only if the attack succeeds where the defence is missing. Each function
 here takes out exactly one; the tests run the attack against it first, then against the real daemon.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mycoswarmd.core import enrol
+from mycoswarmd.flow import enrol as flow_enrol
+from mycoswarmd.store.roster import SqliteRosterStore
+from mycoswarmd.trust.identity import IdentityFile
 
 WEAKENINGS: dict[str, Callable[[], None]] = {}
 
@@ -14,6 +20,75 @@ def weakening(function: Callable[[], None]) -> Callable[[], None]:
     """Register under the function's name."""
     WEAKENINGS[function.__name__.replace("_", "-")] = function
     return function
+
+
+def swap(owner: object, name: str, make: Callable[[Any], object]) -> None:
+    """Put what `make` makes of a function in the function's place; a name that is gone is an error."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+# --- enrolment ---------------------------------------------------------------------------------------
+
+
+@weakening
+def transcript_without_certificates() -> None:
+    """Prove the code alone, not over which connection."""
+    swap(enrol, "_transcript", lambda real: lambda hello, **facts: real(hello, **{**facts, "cert_der": b""}))
+
+
+@weakening
+def fixed_nonces() -> None:
+    """Say the same in every enrolment."""
+    swap(
+        flow_enrol, "Joiner", lambda real: lambda *words, **more: real(*words, **{**more, "nonce": bytes(32)})
+    )
+
+
+@weakening
+def identity_stays() -> None:
+    """Keep the node's key when a swarm is left."""
+    swap(IdentityFile, "destroy", lambda _: lambda _self: None)
+
+
+@weakening
+def reusable_codes() -> None:
+    """Never use a code up."""
+    swap(
+        SqliteRosterStore,
+        "add",
+        lambda real: lambda self, statements, **more: real(self, statements, **{**more, "invite": None}),
+    )
+    swap(flow_enrol.Invitations, "_set_state", lambda _: lambda *_: None)
+
+
+@weakening
+def one_key_for_both() -> None:
+    """Derive the same key for every purpose."""
+    swap(enrol, "_expand", lambda real: lambda stretched, _purpose: real(stretched, b""))
+
+
+@weakening
+def endless_guesses() -> None:
+    """Count failures, and do nothing about them."""
+    swap(flow_enrol, "MAX_FAILURES", lambda _: 1 << 30)
+
+
+@weakening
+def hellos_count() -> None:
+    """Count a greeting as a failure, as a first sketch of the protocol did."""
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def hello(self: flow_enrol.Invitations, body: Mapping[str, object]) -> object:
+            answer = await real(self, body)
+            row = self._rows[str(body["invite"])]
+            failures = await self._store.count_failure(row.invite, at_most=flow_enrol.MAX_FAILURES)
+            state = "burnt" if failures >= flow_enrol.MAX_FAILURES else row.state
+            self._rows[row.invite] = flow_enrol._with(row, failures, state)
+            return answer
+
+        return hello
+
+    swap(flow_enrol.Invitations, "hello", counted)
 
 
 def main() -> None:
