@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from ssl import SSLContext
 from typing import Any
 
 Script = Callable[["Turn"], Awaitable[None]]
@@ -84,7 +85,9 @@ class FakeServer:
 
 
 @asynccontextmanager
-async def serving(scripts: dict[str, Script], *, socket: Path | None = None) -> AsyncIterator[FakeServer]:
+async def serving(
+    scripts: dict[str, Script], *, socket: Path | None = None, tls: SSLContext | None = None
+) -> AsyncIterator[FakeServer]:
     """Serve until the end of the context."""
     fake = FakeServer(scripts=scripts)
     tasks: set[asyncio.Task[None]] = set()
@@ -105,7 +108,7 @@ async def serving(scripts: dict[str, Script], *, socket: Path | None = None) -> 
             writer.transport.abort()
 
     if socket is None:
-        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
         fake.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     else:
         server = await asyncio.start_unix_server(connected, socket)

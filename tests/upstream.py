@@ -24,6 +24,7 @@ class Upstream:
         self.gone = threading.Event()  # some client left before its answer ended
         self.script: list[dict] = []  # type: ignore[type-arg]
         self.step = 0
+        self.rename: dict[str, str] = {}  # behave as another model
         self.pause_s = 0.0  # before each answer of model `agent`
         self.url = ""
 
@@ -87,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
 
     def _behave(self, body: dict) -> None:  # type: ignore[type-arg]
-        match body["model"]:
+        match self.book.rename.get(body["model"], body["model"]):
             case "silent":
                 self._wait_for_goodbye(30)
             case "refuses":

@@ -43,7 +43,7 @@ from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, Via
 LABEL_HEADER = "X-Mycoswarm-Label"
 _LABEL_CHARS = 64
 # Each holds a connection and a prompt; the member has its own, narrower bounds.
-_AT_ONCE = 64
+_AT_ONCE = 32
 _MAX_RETRY_AFTER_S = 600
 
 
