@@ -23,11 +23,9 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _STATIC_S = 5.0
-_NEARBY_S = 5.0
 _SPREAD_S = 3.0
 # Of what one member says about others.
 _TOLD_IDS, _TOLD_ADDRESSES = 64, 4
-_ID_CHARS = 26
 
 
 class Fleet:
@@ -73,7 +71,6 @@ class Fleet:
         self._group: asyncio.TaskGroup | None = None
         self._self_id: str | None = None
         self._listeners: list[Callable[[], None]] = []
-        self._heard = asyncio.Event()
 
     # --- what is known ---------------------------------------------------------------------------
 
@@ -104,20 +101,10 @@ class Fleet:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    async def nearby(self, *, within_s: float = _NEARBY_S) -> Sequence[PeerAddress]:
-        """Return where nodes of any swarm were seen on these networks; wait a little for the first."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while not self._hints.unknown():
-                    self._heard.clear()
-                    await self._heard.wait()
-        found = [address for node_id in self._hints.unknown() for address in self._hints.addresses(node_id)]
-        return [*self._static, *found]
-
     # --- what is done ----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Keep all links until cancelled."""
+        """Keep all links until cancelled; may be run again afterwards."""
         for row in await self._memory.load():
             now_s = self._clock.monotonic_s()
             for i, address in enumerate(row.addresses if self._is_member(row.node_id) else ()):
@@ -132,7 +119,9 @@ class Fleet:
                 group.create_task(self._tick(), name="fleet:tick")
         finally:
             self._group = None
+            self._links.clear()
             unsubscribe()
+            self._tell()
 
     def hint(self, hint: Hint) -> None:
         """Hear that somebody may listen somewhere."""
@@ -142,7 +131,6 @@ class Fleet:
         if hint.node_id == self._swarm.self_id:
             return
         is_news = self._hints.add(hint.node_id, hint.address, digest=hint.digest)
-        self._heard.set()
         if hint.node_id not in self._links:
             self._knocker.want(hint.node_id)
         elif is_news:

@@ -1,0 +1,317 @@
+"""The links between members, over real TLS: found, exchanged with, lost at once, never fooled."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mycoswarmd.errors import NotFound, Unavailable
+from mycoswarmd.flow.swarmports import Hint, PeerAddress, Reach
+from tests.unit.fleet.nodes import RealNode, made_node
+
+
+class Home:
+    """Makes nodes that end with the test."""
+
+    def __init__(self, path: Path, stack: AsyncExitStack) -> None:
+        self.path = path
+        self.stack = stack
+
+    async def node(self, name: str, *, static: tuple[PeerAddress, ...] = ()) -> RealNode:
+        return await self.stack.enter_async_context(made_node(self.path / name, name, static=static))
+
+    async def link(self, *nodes: RealNode) -> None:
+        for node in nodes:
+            await self.stack.enter_async_context(node.linked())
+
+    async def pair(self) -> tuple[RealNode, RealNode]:
+        """Return two members of one swarm that listen and do not know where the other is."""
+        a, b = await self.node("attic"), await self.node("bedroom")
+        await a.begin()
+        await a.admit(b)
+        await a.listen()
+        await b.listen()
+        return a, b
+
+
+@pytest.fixture
+async def home(tmp_path: Path) -> AsyncIterator[Home]:
+    async with AsyncExitStack() as stack:
+        yield Home(tmp_path, stack)
+
+
+def tell(node: RealNode, of: RealNode, address: PeerAddress | None = None) -> None:
+    node.fleet.hint(Hint(address=address or of.address, node_id=of.id))
+
+
+async def ready(node: RealNode, other: RealNode) -> None:
+    await node.until(lambda: node.state_of(other).state is Reach.READY)
+
+
+async def test_a_hint_leads_to_a_link(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    assert a.state_of(b).state is Reach.UNKNOWN
+    assert a.fleet.client(b.id) is None
+    tell(a, b)
+    await ready(a, b)
+    state = a.state_of(b)
+    assert state.address == b.address
+    assert state.word is not None and state.word.id == b.id
+    assert a.fleet.words()[b.id].digest == b.swarm.digest
+    assert await a.fleet.ping(b.id) < 1000
+    assert a.state_of(b).rtt_ms is not None
+    client = a.fleet.client(b.id)
+    assert client is not None
+    assert (await client.ask("GET", "/swarm/word"))["id"] == b.id
+
+
+async def test_a_statement_made_here_is_there_within_a_second(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    tell(a, b)
+    await ready(a, b)
+    async with asyncio.timeout(1.0):
+        await a.admit_only((await home.node("cellar")).identities.create(), "cellar")
+        await a.fleet.spread()
+    assert b.swarm.digest == a.swarm.digest
+    assert {member.name for member in b.swarm.peers()} == {"attic", "cellar"}
+
+
+async def test_a_statement_made_there_comes_by_itself(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(b)  # only b dials: it sees a's new digest in a's word
+    tell(b, a)
+    await ready(b, a)
+    await a.admit_only((await home.node("cellar")).identities.create(), "cellar")
+    await b.until(lambda: b.swarm.digest == a.swarm.digest, within_s=3.0)
+
+
+async def test_who_is_put_out_is_cut_in_the_same_step(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a, b)
+    tell(a, b)
+    tell(b, a)
+    await ready(a, b)
+    client = a.fleet.client(b.id)
+    assert client is not None
+    seen: list[bool] = []
+    a.fleet.subscribe(lambda: seen.append(a.fleet.client(b.id) is None))
+    a.swarm.spread = None
+    await a.swarm.revoke("bedroom", "sold")
+    assert a.fleet.states() == [] and a.fleet.client(b.id) is None and a.fleet.words() == {}
+    assert seen[-1]
+    with pytest.raises(NotFound):
+        await a.fleet.ping(b.id)
+    with pytest.raises(Unavailable):
+        await client.ask("GET", "/swarm/word")
+    await b.until(lambda: b.state_of(a).state is Reach.UNREACHABLE)
+
+
+async def test_silence_is_noticed_in_five_seconds_and_speech_at_once(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    tell(a, b)
+    await ready(a, b)
+    loop = asyncio.get_running_loop()
+    b.behaviour.is_silent = True
+    began_s = loop.time()
+    await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE)
+    assert 2.0 < loop.time() - began_s < 7.0  # up to 2 s until the last heartbeat, then 4.5 s
+    assert a.fleet.client(b.id) is None and a.fleet.words() == {}
+    assert "silent" in a.state_of(b).detail
+    b.behaviour.is_silent = False
+    await ready(a, b)
+
+
+async def test_a_connection_that_ends_is_noticed_at_once_and_made_again(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    tell(a, b)
+    await ready(a, b)
+    port = b.port
+    b.hang_up()
+    await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE, within_s=1.0)
+    assert a.fleet.client(b.id) is None
+    assert port is not None
+    await b.listen(port)
+    await ready(a, b)
+
+
+async def test_another_at_the_same_address_is_no_member(home: Home) -> None:
+    a, b = await home.pair()
+    rogue = await home.node("rogue")
+    await rogue.begin()
+    await rogue.listen()
+    await home.link(a)
+    tell(a, b, rogue.address)
+    await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE)
+    assert a.fleet.client(b.id) is None
+    assert "does not have its key" in a.state_of(b).detail
+    assert {path for path, _ in rogue.behaviour.requests} <= {"/swarm/pull"}  # nothing else was sent there
+
+
+async def test_a_rogue_that_claims_a_members_id_changes_nothing(home: Home) -> None:
+    a, b = await home.pair()
+    rogue = await home.node("rogue")
+    await rogue.begin()
+    await rogue.listen()
+    await home.link(a)
+    tell(a, b)
+    await ready(a, b)
+    for port in range(2000, 2300):
+        tell(a, b, PeerAddress("10.9.8.7", port))
+    tell(a, b, rogue.address)
+    b.hang_up()
+    await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE)
+    assert b.port is not None
+    await b.listen(b.port)
+    await ready(a, b)
+    assert a.state_of(b).address == b.address
+    assert {path for path, _ in rogue.behaviour.requests} <= {"/swarm/pull"}
+
+
+async def test_an_old_node_learns_of_a_newcomer_from_the_newcomer(home: Home) -> None:
+    """b was off when c joined, and the signer is off now: c's hint is all that b has."""
+    a, b = await home.pair()
+    c = await home.node("cellar")
+    await a.admit(c)
+    await c.listen()
+    a.hang_up()
+    await home.link(b)
+    assert b.swarm.member(c.id) is None
+    tell(b, c)
+    await b.until(lambda: b.swarm.member(c.id) is not None)
+    await ready(b, c)
+
+
+async def test_a_newcomer_that_is_refused_makes_itself_known(home: Home) -> None:
+    """c dials b, which has not heard of it; the pull has b ask back."""
+    a, b = await home.pair()
+    c = await home.node("cellar")
+    await a.admit(c)
+    await c.listen()
+    await home.link(b, c)
+    tell(c, b)
+    await b.until(lambda: b.swarm.member(c.id) is not None)
+    await ready(c, b)
+
+
+async def test_an_address_that_a_person_wrote_down_is_enough(home: Home) -> None:
+    b = await home.node("bedroom")
+    a = await home.node("attic")
+    await a.begin()
+    await a.admit(b)
+    await b.listen()
+    c = await home.node("cellar", static=(b.address,))
+    await a.admit(c)
+    await c.listen()
+    await home.link(b, c)
+    await ready(c, b)
+    assert c.state_of(b).address == b.address
+
+
+async def test_members_say_where_others_are(home: Home) -> None:
+    a, b = await home.pair()
+    c = await home.node("cellar")
+    await a.admit(c)
+    await c.listen()
+    await home.link(a)
+    tell(a, c)
+    await ready(a, c)
+    # Not over loopback addresses: they mean another machine elsewhere.
+    assert a.fleet.reached() == {c.id: [str(c.address)]}
+    from mycoswarmd.fleet.hints import read_addresses  # noqa: PLC0415
+
+    told = ["10.0.0.7:7437", "[fd00::1]:7437", "127.0.0.1:1", "[fe80::1]:7437", "x:1", "10.0.0.7:70000", 3]
+    assert [str(one) for one in read_addresses(told)] == ["10.0.0.7:7437", "[fd00::1]:7437"]
+    _ = b
+
+
+async def test_two_with_one_key_raise_an_alarm_that_stays(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    tell(a, b)
+    await ready(a, b)
+    assert a.state_of(b).alarm == ""
+    b.behaviour.word = lambda word: replace(word, instance="00000000deadbeef")  # same start, another daemon
+    b.say_again()
+    await a.until(lambda: a.state_of(b).alarm != "")
+    assert a.state_of(b).alarm.startswith("cloned")
+
+    async def kept() -> str:
+        return "".join(row.alarm for row in await a.store.peers() if row.node_id == b.id)
+
+    async with asyncio.timeout(5):
+        while not await kept():
+            await asyncio.sleep(0.05)
+    b.behaviour.word = lambda word: word
+    b.say_again()
+    await a.until(lambda: a.fleet.words()[b.id].instance == b.swarm.instance)
+    assert a.state_of(b).alarm.startswith("cloned")
+
+
+@pytest.mark.parametrize(("boot", "is_alarm"), [(-1, True), (0, False), (1, False)])
+async def test_only_a_count_that_falls_back_is_an_alarm(home: Home, boot: int, *, is_alarm: bool) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    b.behaviour.word = lambda word: replace(word, boot=10)
+    tell(a, b)
+    await ready(a, b)
+    instance = b.swarm.instance if boot == 0 else "00000000deadbeef"
+    b.behaviour.word = lambda word: replace(word, boot=10 + boot, instance=instance, uptime_s=7)
+    b.say_again()
+    await a.until(lambda: a.fleet.words()[b.id].uptime_s == 7)
+    assert bool(a.state_of(b).alarm) is is_alarm
+
+
+async def test_where_a_member_was_is_remembered_over_a_restart(home: Home) -> None:
+    b = await home.node("bedroom")
+    async with made_node(home.path / "attic", "attic") as a:
+        await a.begin()
+        await a.admit(b)
+        await b.listen()
+        async with a.linked(), asyncio.timeout(5):
+            tell(a, b)
+            await ready(a, b)
+            while not any(row.addresses for row in await a.store.peers()):
+                await asyncio.sleep(0.05)
+    again = await home.stack.enter_async_context(made_node(home.path / "attic", "attic"))
+    await home.link(again)
+    await ready(again, b)
+
+
+async def test_a_word_for_another_id_is_no_word(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    b.behaviour.word = lambda word: replace(word, id=a.id)
+    tell(a, b)
+    await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE)
+    assert a.fleet.words() == {}
+
+
+async def test_a_new_key_of_ours_is_used_from_the_next_connection(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a, b)
+    tell(a, b)
+    await ready(a, b)
+    old = a.id
+    await a.swarm.rekey()
+    a._tls = None
+    assert a.id != old
+    await b.until(lambda: b.swarm.member(a.id) is not None and b.swarm.member(old) is None)
+    await ready(a, b)
+
+
+async def test_leaving_reaches_the_others_before_everything_is_forgotten(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(b)
+    tell(b, a)
+    await ready(b, a)
+    left = b.id
+    await b.swarm.leave()
+    assert a.swarm.member(left) is None
+    assert b.fleet.states() == []
