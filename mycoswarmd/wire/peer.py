@@ -8,7 +8,7 @@ Source: docs/wire.md.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mycoswarmd.errors import BadRequest
@@ -36,13 +36,13 @@ SANDBOXES = ("none", "reduced", "full")
 _ID = re.compile(r"[a-z2-7]{26}\Z")
 _INSTANCE = re.compile(r"[0-9a-f]{16}\Z")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-_HEX = re.compile(r"(?:[0-9a-f]{2})*\Z")
+_KEY = _DIGEST
+_SIGNATURE = re.compile(r"[0-9a-f]{128}\Z")
 # What is shown in terminals and named in policies: visible ASCII, no spaces.
 _WORD = re.compile(r"[!-~]*\Z")
+_NAME_CHARS = 256
 _MAX_COUNT = 1 << 31
 _MAX_EXACT = 1 << 53
-_SIGNATURE_HEX = 128
-_KEY_HEX = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +88,17 @@ class Word:
 
 
 def encode_word(word: Word) -> bytes:
-    """Encode a word as one line of JSON without its end; BadRequest("bad-word") when it is too large."""
-    line = json.dumps(
+    """Encode a word as one line of JSON without its end; models that nobody would accept are left out."""
+    models = [model for model in word.models if _is_name(model.name)][:MAX_MODELS]
+    line = _line(word, models)
+    while len(line) > MAX_WORD_BYTES and models:
+        models = models[: len(models) // 2]
+        line = _line(word, models)
+    return line
+
+
+def _line(word: Word, models: Sequence[ModelWord]) -> bytes:
+    return json.dumps(
         {
             "v": word.v,
             "id": word.id,
@@ -99,21 +108,22 @@ def encode_word(word: Word) -> bytes:
             "port": word.port,
             "digest": word.digest,
             "statements": word.statements,
-            "beacons": list(word.beacons),
+            "beacons": list(word.beacons[:MAX_BEACONS]),
             "tier": word.tier,
             "sandbox": word.sandbox,
             "state": word.state,
             "uptime_s": word.uptime_s,
             "running": word.running,
             "waiting": word.waiting,
-            "models": [_model_object(model) for model in word.models],
+            "models": [_model_object(model) for model in models],
         },
         separators=(",", ":"),
         allow_nan=False,
     ).encode("ascii")
-    if len(line) > MAX_WORD_BYTES:
-        raise _bad(f"it is larger than {MAX_WORD_BYTES} bytes")
-    return line
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= _NAME_CHARS and text.isprintable()
 
 
 def _model_object(model: ModelWord) -> dict[str, object]:
@@ -174,9 +184,9 @@ def _word(body: dict[str, object]) -> Word:
 
 def _model(untrusted: object, *, where: str) -> ModelWord:
     obj = as_object(untrusted, where=where)
-    name = get_str(obj, "name", where=where, min_len=1, max_len=256)
-    if not name.isprintable():
-        raise _bad("a model's name has characters that cannot be shown", f"{where}.name")
+    name = get_str(obj, "name", where=where, max_len=_NAME_CHARS)
+    if not _is_name(name):
+        raise _bad("a model's name is empty or has characters that cannot be shown", f"{where}.name")
     known = {kind.value for kind in PromptKind}
     kinds = as_list(obj.get("kinds"), where=f"{where}.kinds", max_items=16)
     return ModelWord(
@@ -196,9 +206,9 @@ def _beacon(untrusted: object, *, where: str) -> dict[str, object]:
     return {
         "swarm": _shaped(obj, "swarm", _DIGEST, 64, where=where),
         "epoch": get_int(obj, "epoch", where=where, high=_MAX_EXACT),
-        "signer": _shaped(obj, "signer", _HEX, _KEY_HEX, where=where),
+        "signer": _shaped(obj, "signer", _KEY, 64, where=where),
         "n": get_int(obj, "n", where=where, high=_MAX_EXACT),
-        "sig": _shaped(obj, "sig", _HEX, _SIGNATURE_HEX, where=where),
+        "sig": _shaped(obj, "sig", _SIGNATURE, 128, where=where),
     }
 
 
