@@ -6,7 +6,7 @@ from typing import Protocol
 
 from mycoswarmd.core.policy.model import Policy
 from mycoswarmd.flow.approve import ApprovalDesk
-from mycoswarmd.flow.enrol import Invitations, Newcomer
+from mycoswarmd.flow.enrol import Invitations
 from mycoswarmd.flow.ports import ApprovalStore, BlobStore, Clock, Entropy, KeyStore, ReceiptLog, TaskStore
 from mycoswarmd.flow.prompt import Prompts
 from mycoswarmd.flow.swarm import Swarm
@@ -77,6 +77,14 @@ class Fleet(Protocol):
 
     async def ping(self, node_id: str) -> float:
         """Ask a member something small and return the milliseconds until its answer."""
+        ...
+
+
+class Newcomer(Protocol):
+    """Joins a swarm."""
+
+    async def join(self, code_text: str, addresses: Sequence[PeerAddress], name: str) -> Mapping[str, object]:
+        """Join the swarm whose invitation this code belongs to; nothing is kept when that fails."""
         ...
 
 

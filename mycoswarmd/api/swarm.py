@@ -259,8 +259,8 @@ def _address(untrusted: object, *, where: str) -> PeerAddress:
     text = as_str(untrusted, where=where, max_len=_NODE_CHARS)
     host, port = text, str(SWARM_PORT)
     if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        port = rest.removeprefix(":") if rest else port
+        host, bracket, rest = text[1:].partition("]")
+        port = rest.removeprefix(":") if rest else port if bracket else ""
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from mycoswarmd.api.access import SWARM_LISTENER, Doorman, Listener, RosterBook
 from mycoswarmd.api.app import Api, bind_tcp, bind_unix
-from mycoswarmd.api.lines import Bounds
+from mycoswarmd.api.lines import Bounds, Lines
 from mycoswarmd.api.routes import ROUTES, Route
 from mycoswarmd.api.services import Services, SwarmDesk
 from mycoswarmd.core.policy.check import check_policy
@@ -121,6 +121,17 @@ class Fleet:
         return 1.5
 
 
+class Newcomer:
+    """Writes down where it should have joined."""
+
+    def __init__(self) -> None:
+        self.tried: list[tuple[str, list[PeerAddress], str]] = []
+
+    async def join(self, code_text: str, addresses: Sequence[PeerAddress], name: str) -> dict[str, object]:
+        self.tried.append((code_text, list(addresses), name))
+        return {}
+
+
 class Words:
     """A word that a test changes."""
 
@@ -176,6 +187,7 @@ class Running:
     swarm_port: int
     tcp_port: int
     ghosts: set[str]
+    newcomer: "Newcomer"
     members: dict[str, Key] = field(default_factory=dict)
 
     @property
@@ -199,6 +211,18 @@ class Running:
         self.members[name] = newcomer
         return newcomer
 
+    def own_key(self) -> Key:
+        """Return this node's own key."""
+        identity = self.swarm.identity
+        assert isinstance(identity, NodeIdentity)
+        return Key(identity.seed)
+
+    async def engine_ready(self) -> None:
+        """Wait until the canned engine serves something."""
+        async with asyncio.timeout(5):
+            while not self.services.prompts.models():
+                await asyncio.sleep(0.01)
+
     async def make_signer(self, name: str) -> None:
         """Let a member sign, with a key of its own."""
 
@@ -221,10 +245,14 @@ class Running:
         return Tls(who.seed, who.cert_der).client_context(identity.cert_der)
 
     @asynccontextmanager
-    async def connected(self, who: Key | None, *, host: str = "127.0.0.1") -> AsyncIterator["Connection"]:
+    async def connected(self, who: Key | None, *, source: str = "127.0.0.1") -> AsyncIterator["Connection"]:
         """Hold a connection to the swarm's listener as a key, or as nobody."""
         reader, writer = await asyncio.open_connection(
-            host, self.swarm_port, ssl=self.tls_of(who), server_hostname=self.host
+            "127.0.0.1",
+            self.swarm_port,
+            ssl=self.tls_of(who),
+            server_hostname=self.host,
+            local_addr=(source, 0),
         )
         try:
             yield Connection(reader, writer, self.host)
@@ -320,6 +348,12 @@ class Connection:
         await self.send(method, path, body, headers)
         return await self.answer()
 
+    def server_cert(self) -> bytes:
+        """Return the certificate that this connection's other side showed."""
+        der = self.writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        assert isinstance(der, bytes)
+        return der
+
     async def is_closed(self) -> bool:
         """Wait until the other side has ended the connection."""
         try:
@@ -336,8 +370,10 @@ async def running_api(
     *,
     routes: Sequence[Route] = ROUTES,
     bounds: Bounds | None = None,
-    engine_url: str = "http://127.0.0.1:1",
+    engine_url: str = "",
     in_swarm: bool = True,
+    cuts: bool = True,
+    makes_room: bool = True,
 ) -> AsyncIterator[Running]:
     """Run a node with its three listeners; it has begun a swarm of which it is the first signer."""
     async with AsyncExitStack() as stack:
@@ -367,7 +403,13 @@ async def running_api(
         await swarm.start()
         if in_swarm:
             await swarm.init("home", node_name="alpha", recovery_public_hex=key("recovery").hex)
-        services, desk, fleet, words = _services(directory, db, receipts, keys, clock, swarm, engine_url)
+        engine = OpenAIEngine(
+            name="canned", url=engine_url or "http://127.0.0.1:1", native_tools=True, concurrency=4
+        )
+        newcomer = Newcomer()
+        services, desk, fleet, words = _services(
+            directory, db, receipts, keys, clock, swarm, engine, newcomer
+        )
         tls = _tls(swarm)
         context = tls.server_context(
             lambda: [one.cert_der for one in (swarm.roster.members.values() if swarm.roster else ())]
@@ -381,6 +423,12 @@ async def running_api(
         )
         doorman = Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid(), book=book)
         api = Api(services, doorman, bounds=bounds, routes=routes)
+        if not cuts:
+            api.cut = lambda node_ids: None  # type: ignore[method-assign]
+        if not makes_room:
+            api._lines = _Hoarded(bounds or Bounds(), read_id=book.read_id)
+        if engine_url:
+            await stack.enter_async_context(_running(engine))
         listener, tcp = bind_tcp("::", 0), bind_tcp("127.0.0.1", 0)
         swarm_port, tcp_port = listener.getsockname()[1], tcp.getsockname()[1]
         unix = bind_unix(directory / "api.sock", mode=0o666)
@@ -401,7 +449,26 @@ async def running_api(
             swarm_port=swarm_port,
             tcp_port=tcp_port,
             ghosts=ghosts,
+            newcomer=newcomer,
         )
+
+
+class _Hoarded(Lines):
+    """The bound on handshakes without what keeps it fair."""
+
+    def has_room(self, source: str) -> bool:
+        del source
+        return len(self._handshakes) < self.bounds.handshakes
+
+
+@asynccontextmanager
+async def _running(engine: OpenAIEngine) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(engine.run())
+        try:
+            yield
+        finally:
+            task.cancel()
 
 
 async def _make_key(keys: SqliteKeyStore) -> None:
@@ -424,7 +491,8 @@ def _services(
     keys: SqliteKeyStore,
     clock: Clock,
     swarm: Swarm,
-    engine_url: str,
+    engine: OpenAIEngine,
+    newcomer: Newcomer,
 ) -> tuple[Services, SwarmDesk, Fleet, Words]:
     policy, entropy = Desk(), SystemEntropy()
     approvals = SqliteApprovalStore(db)
@@ -436,7 +504,6 @@ def _services(
         entropy=entropy,
         times=ApprovalTimes(task_s=60),
     )
-    engine = OpenAIEngine(name="canned", url=engine_url, native_tools=True, concurrency=4)
     prompts = Prompts(
         policy=lambda: policy.policy,
         engines=lambda: [engine],
@@ -466,7 +533,7 @@ def _services(
     swarm_desk = SwarmDesk(
         swarm=swarm,
         invitations=Invitations(swarm=swarm, store=store, clock=clock, entropy=entropy, check=checks),
-        newcomer=None,  # type: ignore[arg-type]
+        newcomer=newcomer,
         fleet=fleet,
         word=words,
         nearby=nobody_near,
