@@ -179,9 +179,9 @@ def prepare() -> NodeIdentity:
 
 def begin(identity: NodeIdentity, untrusted: Sequence[object], *, genesis_sha256: str) -> Operator:
     """Keep the roster of the swarm that admitted this key; BadRequest when it does not."""
-    whole = _make_set(untrusted)
+    whole = _make_set(untrusted, pinned=genesis_sha256)
     own = whole.roster.members.get(identity.node_id)
-    if whole.roster.swarm_id != genesis_sha256 or own is None or own.role is not Role.OPERATOR:
+    if own is None or own.role is not Role.OPERATOR:
         raise BadRequest("bad-bundle", "cannot join: the roster that came does not admit you as an operator")
     directory = operator_dir()
     with _locked(directory):
@@ -200,11 +200,11 @@ def _parse(untrusted: object) -> Statement:
     return parse_statement(untrusted, verify=verify, read_cert=read_certificate)
 
 
-def _make_set(untrusted: Sequence[object]) -> StatementSet:
+def _make_set(untrusted: Sequence[object], *, pinned: str | None = None) -> StatementSet:
     parsed = [_parse(one) for one in untrusted]
     if not parsed:
         raise BadRequest("bad-statement", "cannot read a roster without a statement")
-    whole = StatementSet(parsed[0])
+    whole = StatementSet(parsed[0], pinned=pinned)
     whole.add(parsed[1:])
     return whole
 

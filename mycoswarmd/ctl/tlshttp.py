@@ -42,6 +42,7 @@ _MAX_ANSWER_BYTES = 32 << 20
 _ROSTER_HEADER = "x-mycoswarm-roster"
 _IS_JSON = {"Content-Type": "application/json"}
 _STRANGER = server_name("stranger")
+_NOT_HEARD = "it may not have heard of your admission yet: try again, or ask another node"
 # How OpenSSL names the alerts of a server that does not want our certificate.
 _REFUSED = re.compile(r"ALERT_(?:UNKNOWN_CA|ACCESS_DENIED|DECRYPT_ERROR|[A-Z_]*CERTIFICATE[A-Z_]*)")
 
@@ -166,11 +167,12 @@ class Remote:
             ) as answer:
                 yield answer
         except Unreachable as exc:
-            # Whoever has been put out is cut off, also in the middle; somebody else's word would say so too.
-            self._pull(address)
+            self._pull(address)  # whoever has been put out is cut off, also in the middle
             self._own.check()
             if isinstance(exc.__cause__, ssl.SSLError) and _REFUSED.search(str(exc.__cause__)):
                 raise self._not_accepted(member) from exc
+            if not heard:  # its alert is easily lost behind the end of the connection
+                exc.hint = f"is it restarting? {_NOT_HEARD}"
             raise
         except Unauthenticated:
             self._pull(address)
@@ -365,7 +367,7 @@ class Remote:
         return Unauthenticated(
             "not-accepted",
             f"cannot speak to {member.name}: it does not know you, {self._own.name!r}",
-            hint="it may not have heard of your admission yet; try again, or ask another node",
+            hint=_NOT_HEARD,
         )
 
 
