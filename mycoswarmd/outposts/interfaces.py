@@ -61,10 +61,6 @@ class Surroundings:
         ordered = sorted(self.places, key=lambda one: (one.network.version, one.is_link_local_v6))
         return [one.address.partition("%")[0] for one in ordered][:MAX_ADDRESSES]
 
-    def is_own(self, address: str) -> bool:
-        """Tell whether an address is one of this machine's."""
-        return any(one.address == address for one in self.places)
-
     def usable(self, untrusted_addresses: Iterable[str]) -> tuple[str, ...]:
         """Return those that somebody on these networks can have, the nearest first."""
         found: dict[str, None] = {}
