@@ -28,6 +28,11 @@ class Footing:
     keep: frozenset[str]  # hashes of older statements that stay
     statements: tuple[Statement, ...]
 
+    def keeps(self, one: Statement) -> bool:
+        """Tell whether a statement stays although it is older."""
+        is_old = one.epoch < self.epoch and one.kind in (Kind.ADMIT, Kind.REKEY)
+        return is_old and one.sha256 in self.keep
+
 
 @dataclass(slots=True, kw_only=True)
 class Settled:
@@ -66,7 +71,7 @@ def settle(genesis: Statement, statements: Iterable[Statement]) -> Settled:
     ever = _signers_ever(settled, current[Kind.ADD_SIGNER])
     for kind in (Kind.DROP_SIGNER, Kind.REVOKE, Kind.ADMIT):
         for one in current[kind]:
-            is_vouched = one.facts["by"] in ever or one.sha256 in settled.footing.keep
+            is_vouched = one.facts["by"] in ever or settled.footing.keeps(one)
             (settled.by_kind[kind] if is_vouched else settled.refused).append(one)
     told = {one.facts["node"] for one in given[Kind.ADMIT]}
     _settle_members(settled, current[Kind.REKEY], current[Kind.LEAVE], told)
@@ -97,8 +102,7 @@ def _of_epoch(settled: Settled, statements: Iterable[Statement]) -> list[Stateme
     footing = settled.footing
     chosen = []
     for one in statements:
-        is_kept = one.sha256 in footing.keep and one.kind in (Kind.ADMIT, Kind.REKEY)
-        if one.epoch == footing.epoch or (one.epoch < footing.epoch and is_kept):
+        if one.epoch == footing.epoch or footing.keeps(one):
             chosen.append(one)
         elif one.epoch > footing.epoch:
             settled.refused.append(one)

@@ -163,8 +163,8 @@ class View:
 
     def _counts(self, one: Statement) -> bool:
         """Tell whether a statement that gives something does."""
-        is_kept = one.sha256 in self._settled.footing.keep
-        return is_kept or (one.facts["by"] in self._legitimate and self._stands(one))
+        is_given = one.facts["by"] in self._legitimate and self._stands(one)
+        return is_given or self._settled.footing.keeps(one)
 
     def _check_signers(self, signers: Mapping[str, str]) -> None:
         if not signers:
