@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from tests.nodes import Answer, NodeProcess, write_private
 from tests.upstream import Upstream, upstream
@@ -156,10 +158,12 @@ class Host:
             os.close(here)
             os.close(there)
 
-    def connect(self, address: str, port: int = PORT, *, timeout_s: float = 5.0) -> socket.socket:
+    def connect(
+        self, address: str, port: int = PORT, *, timeout_s: float = 5.0, source: str = ""
+    ) -> socket.socket:
         """Open a TCP connection from this machine."""
         with self.inside():
-            return socket.create_connection((address, port), timeout_s)
+            return socket.create_connection((address, port), timeout_s, (source, 0) if source else None)
 
     def listen(self, port: int, host: str = "") -> socket.socket:
         """Listen on this machine."""
@@ -362,6 +366,19 @@ class LabNode(NodeProcess):
         assert answer.status in {200, 201, 202}, (self.name, method, path, answer.status, answer.body)
         return answer.json if answer.body else {}
 
+    @property
+    def seed(self) -> bytes:
+        """The node's key, as a thief finds it on the disk."""
+        found = list(self.state.rglob("node.key"))
+        assert len(found) == 1, found
+        return read_seed(found[0])
+
+    @property
+    def certificate_der(self) -> bytes:
+        """The node's certificate."""
+        (found,) = self.state.rglob("node.crt")
+        return ssl.PEM_cert_to_DER_cert(found.read_text())
+
     def swarm(self) -> dict:  # type: ignore[type-arg]
         """Return what the node knows of its swarm."""
         return self.ok("GET", "/api/swarm")
@@ -504,6 +521,16 @@ class Lab(Network):
 def python_on(host: Host, *arguments: str) -> list[str]:
     """Return the command that runs this project's Python on a machine."""
     return [*host.prefix, sys.executable, *arguments]
+
+
+def read_seed(path: Path) -> bytes:
+    """Return the seed of a key file."""
+    data = path.read_bytes()
+    if b"BEGIN" in data:
+        key = serialization.load_pem_private_key(data, None)
+        raw = serialization.Encoding.Raw, serialization.PrivateFormat.Raw
+        return key.private_bytes(*raw, serialization.NoEncryption())
+    return data if len(data) == 32 else bytes.fromhex(data.decode().split()[-1])
 
 
 def weakened(*defences: str) -> tuple[str, ...]:

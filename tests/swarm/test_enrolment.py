@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from tests.swarm.attackers.kit import Key, id_of
 from tests.swarm.attackers.middle import APPLICATION_DATA, Notebook, impostor, tamperer
 from tests.swarm.attackers.talk import Talk
 from tests.swarm.conftest import open_lab
-from tests.swarm.lab import PORT, ROOT, Host, Lab, LabNode, weakened
+from tests.swarm.lab import PORT, ROOT, Host, Lab, LabNode, wait_until, weakened
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-enrolment")]
 
@@ -71,9 +72,20 @@ def scene(*defences: str) -> Iterator[Scene]:
 
 
 @pytest.fixture(scope="module")
-def real() -> Iterator[Scene]:
+def whole() -> Iterator[Scene]:
     with scene() as made:
         yield made
+
+
+@pytest.fixture
+def real(whole: Scene) -> Iterator[Scene]:
+    """The real daemons, with no invitation open and the joiner outside."""
+    yield whole
+    for row in whole.inviter.swarm()["invites"]:
+        if row["state"] == "open":
+            whole.inviter.ok("DELETE", f"/api/swarm/invites/{row['invite']}")
+    if whole.joiner.swarm()["swarm"] is not None:
+        whole.joiner.ok("POST", "/api/swarm/leave", {})
 
 
 # --- in the middle -----------------------------------------------------------------------------------
@@ -113,7 +125,8 @@ def test_the_code_that_met_the_man_in_the_middle_still_works(real: Scene) -> Non
 
 
 def use_a_code_twice(stage: Scene) -> int:
-    """Let a second machine use a code that somebody used."""
+    """Let a second machine use a code that somebody used, while the door is open for another."""
+    stage.inviter.invite()
     code = stage.inviter.invite()
     first = Newcomer.with_code(code, name="first")
     assert first.run(stage.mallory, stage.inviter.host.ip).status == 200
@@ -133,6 +146,7 @@ def test_a_code_lets_one_in(real: Scene) -> None:
 
 
 def test_a_recorded_enrolment_admits_nobody_again(real: Scene) -> None:
+    real.inviter.invite()  # somebody else's: the door stays open
     code = real.inviter.invite()
     recorded = Newcomer.with_code(code, name="recorded")
     assert recorded.run(real.mallory, real.inviter.host.ip).status == 200
@@ -171,6 +185,7 @@ def replay_the_inviter(stage: Scene) -> Answer:
     code = stage.inviter.invite()
     with impostor(stage.mallory, (stage.inviter.host.ip, PORT)) as book:
         stage.try_and_leave(code, stage.between)
+    assert book.down, book
     answers = split_answers(book.down)
     with impostor(stage.mallory, ("", 0), reply=lambda data: answers[1 if CONFIRM.encode() in data else 0]):
         return stage.try_and_leave(code, stage.between)
@@ -303,15 +318,24 @@ def test_five_wrong_proofs_burn_a_code_and_no_other(real: Scene) -> None:
     assert real.try_and_leave(other, real.there).status == 201
 
 
-def greet_often(stage: Scene, code: str, times: int) -> int:
-    """Greet and say no more; returns how many greetings were answered."""
-    answered = 0
-    for _ in range(times // 50):
-        with Talk.to(stage.mallory, stage.inviter.host.ip) as talk:
-            for _ in range(50):
-                greeting = Newcomer.guessing(code[:4], key=IDLE).hello()
-                answered += talk.call("POST", HELLO, greeting).status == 200
-    return answered
+def greet_often(stage: Scene, code: str, times: int) -> Counter[int]:
+    """Greet and say no more; returns how many answers there were of each kind."""
+    answers: Counter[int] = Counter()
+    talk: Talk | None = None
+    greeting = Newcomer.guessing(code[:4], key=IDLE).hello()
+    for _ in range(times):
+        try:
+            talk = talk or Talk.to(stage.mallory, stage.inviter.host.ip)
+            status = talk.call("POST", HELLO, greeting).status
+        except OSError:
+            status = 0
+        answers[status] += 1
+        if talk is not None and status != 200:
+            talk.close()
+            talk = None
+    if talk is not None:
+        talk.close()
+    return answers
 
 
 IDLE = Key()
@@ -320,17 +344,25 @@ IDLE = Key()
 def test_greetings_burn_a_code_where_they_count() -> None:
     with scene("hellos-count") as stage:
         code = stage.inviter.invite()
-        greet_often(stage, code, 50)
+        greet_often(stage, code, 6)
         assert stage.invite_row(code)["state"] == "burnt"
-        assert stage.try_to_join(code, stage.there).status == 409
+        assert stage.try_to_join(code, stage.there).status in {404, 409}
 
 
-def test_a_thousand_greetings_cost_nobody_a_place(real: Scene) -> None:
+def test_a_thousand_answered_greetings_cost_nobody_a_place() -> None:
+    with scene("strangers-unlimited") as stage:
+        code = stage.inviter.invite()
+        assert greet_often(stage, code, 1000) == {200: 1000}
+        row = stage.invite_row(code)
+        assert (row["state"], row["failures"]) == ("open", 0)
+        assert stage.try_to_join(code, stage.there).status == 201
+
+
+def test_a_stranger_is_not_answered_more_often_than_any_newcomer_needs(real: Scene) -> None:
     code = real.inviter.invite()
-    assert greet_often(real, code, 1000) >= 1
-    row = real.invite_row(code)
-    assert (row["state"], row["failures"]) == ("open", 0)
-    assert real.try_and_leave(code, real.there).status == 201
+    answers = greet_often(real, code, 200)
+    assert 50 <= answers[200] <= 100 and answers[429] >= 80, answers
+    assert real.invite_row(code)["failures"] == 0
 
 
 def test_an_honest_machine_gets_in_while_another_greets_without_end(real: Scene) -> None:
@@ -338,25 +370,22 @@ def test_an_honest_machine_gets_in_while_another_greets_without_end(real: Scene)
 
     def bother() -> None:
         while not stop.is_set():
-            with contextlib.suppress(OSError):
-                greet_often(real, code, 50)
+            greet_often(real, code, 20)
 
     thread = threading.Thread(target=bother)
     thread.start()
     try:
-        assert real.try_and_leave(code, real.there).status == 201
+        wait_until(lambda: real.try_and_leave(code, real.there).status == 201, within_s=5)
     finally:
         stop.set()
         thread.join()
 
 
 def test_strangers_find_no_door_while_nobody_is_invited() -> None:
-    with scene() as stage, Talk.to(stage.mallory, stage.inviter.host.ip) as talk:
-        closed = talk.call("POST", HELLO, Newcomer.guessing("AAAA").hello())
-        assert closed.status in {401, 403, 404, 409}, closed
+    with scene() as stage:
+        assert greet_often(stage, "AAAA", 1) == {404: 1}
         code = stage.inviter.invite()
-        open_ = talk.call("POST", HELLO, Newcomer.guessing(code[:4]).hello())
-        assert open_.status == 200, open_
+        assert greet_often(stage, code, 1) == {200: 1}
 
 
 def test_the_code_is_nowhere_on_disk_or_in_a_log(real: Scene) -> None:

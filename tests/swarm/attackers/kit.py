@@ -65,9 +65,10 @@ class Key:
         spki = self.private.public_key().public_bytes(_DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         return base64.b32encode(hashlib.sha256(spki).digest()).decode()[:26].lower()
 
-    def certificate(self, *, claims_id: str | None = None, serial: int | None = None) -> bytes:
+    def certificate(self, *, claims_id: str | None = None, serial: int = 1) -> bytes:
         """Return a certificate; `claims_id` lies about whose it is, `serial` alters it without a new key."""
         node_id = claims_id or self.node_id
+        key_id = hashlib.sha256(self.public).digest()[:20]
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)])
         public = self.private.public_key()
         names = [
@@ -81,14 +82,14 @@ class Key:
             .subject_name(name)
             .issuer_name(name)
             .public_key(public)
-            .serial_number(serial or x509.random_serial_number())
+            .serial_number(serial)
             .not_valid_before(dt.datetime(2020, 1, 1))  # noqa: DTZ001
             .not_valid_after(dt.datetime(9999, 12, 31, 23, 59, 59))  # noqa: DTZ001
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(usage, critical=True)
             .add_extension(both, critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier(key_id), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier(key_id, None, None), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
         )
         return builder.sign(self.private, None).public_bytes(_DER)

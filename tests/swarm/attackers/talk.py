@@ -3,11 +3,12 @@
 import json
 import socket
 import ssl
+import time
 from collections.abc import Mapping
 from typing import Self
 
 from tests.swarm.attackers.kit import Key
-from tests.swarm.lab import PORT, Host
+from tests.swarm.lab import PORT, Host, LabNode
 
 NO_CHECK_TIME = 0x200000
 
@@ -63,6 +64,7 @@ class Talk:
             sock, server_hostname=server_name, session=session
         )
         self._buffer = b""
+        self.host = server_name
 
     @classmethod
     def to(
@@ -99,7 +101,7 @@ class Talk:
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> None:
         """Send a request."""
-        self.sock.sendall(request_bytes(method, path, body, headers))
+        self.sock.sendall(request_bytes(method, path, body, {"Host": self.host, **(headers or {})}))
 
     def head(self) -> tuple[int, dict[str, str]]:
         """Read an answer's head."""
@@ -117,6 +119,20 @@ class Talk:
         else:
             body = self._exactly(int(headers.get("content-length", "0")))
         return Reply(status, headers, body)
+
+    def closed_within(self, seconds: float) -> float | None:
+        """Read to the end; return how long that took, or None where the other side went on talking."""
+        begun_s = time.monotonic()
+        self.sock.settimeout(0.2)
+        while time.monotonic() - begun_s < seconds:
+            try:
+                if not self.sock.recv(65_536):
+                    return time.monotonic() - begun_s
+            except TimeoutError:
+                continue
+            except OSError:
+                return time.monotonic() - begun_s
+        return None
 
     def chunk(self) -> bytes:
         """Read one chunk of a chunked answer; empty at the end."""
@@ -161,6 +177,12 @@ def request_bytes(
         fields["Content-Length"] = str(len(data))
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + data
+
+
+def as_member(source: Host, node: LabNode, key: Key, certificate_der: bytes | None = None) -> Talk:
+    """Connect to a node with a member's key."""
+    name = f"{node.id}.mycoswarm.internal"
+    return Talk.to(source, node.host.ip, key=key, certificate_der=certificate_der, server_name=name)
 
 
 def attempt(

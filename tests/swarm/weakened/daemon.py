@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mycoswarmd.api.porch import Buckets
 from mycoswarmd.core import enrol
 from mycoswarmd.flow import enrol as flow_enrol
 from mycoswarmd.store.roster import SqliteRosterStore
@@ -89,6 +90,12 @@ def hellos_count() -> None:
         return hello
 
     swap(flow_enrol.Invitations, "hello", counted)
+
+
+@weakening
+def strangers_unlimited() -> None:
+    """Answer strangers as often as they ask."""
+    swap(Buckets, "take", lambda _: lambda _self, _source: True)
 
 
 def main() -> None:
