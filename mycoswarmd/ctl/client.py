@@ -18,6 +18,8 @@ from mycoswarmd.wire.sse import SseParser
 
 # The slowest short answer is a check of a long receipt chain.
 _ANSWER_S = 120.0
+# A backup begins with a copy of the whole database.
+_STREAM_S = 900.0
 # Lists are paged by the daemon; its largest answers are a workspace (256 MiB) and a page of receipts.
 _JSON_BYTES = 64 << 20
 _BLOB_BYTES = 300 << 20
@@ -130,8 +132,8 @@ class Client:
             return None if answer.status == 204 else answer.body(_BLOB_BYTES)
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """Yield the bytes of a long answer as they come."""
-        with self._open("GET", path) as answer:
+        """Yield the bytes of a long answer as they come; the node may take its time to begin."""
+        with self._open("GET", path, timeout_s=_STREAM_S) as answer:
             yield from answer.pieces()
 
     def lines(self, path: str, **query: object) -> Iterator[Doc]:

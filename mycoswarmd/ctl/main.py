@@ -4,7 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from mycoswarmd.ctl import ask, enroll, found, invite, members, node, run, tasks
+from mycoswarmd.ctl import ask, backup, enroll, found, invite, members, node, run, tasks
 from mycoswarmd.ctl.audit import audit_app
 from mycoswarmd.ctl.keys import keys_app
 from mycoswarmd.ctl.plain import examples, make_app, typer
@@ -53,6 +53,8 @@ def make_ctl(argv: list[str]) -> typer.Typer:
     app.command("leave")(members.leave)
     app.command("rekey")(members.rekey)
     app.command("recover", epilog=found.RECOVER_EXAMPLES)(found.recover)
+    app.command("backup", epilog=backup.BACKUP_EXAMPLES)(backup.backup)
+    app.command("restore", epilog=backup.RESTORE_EXAMPLES)(backup.restore)
     app.add_typer(policy_app, name="policy")
     app.add_typer(audit_app, name="audit")
     app.add_typer(keys_app, name="keys")

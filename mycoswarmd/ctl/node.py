@@ -8,7 +8,7 @@ from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import count, line, size, span
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.errors import Unreachable
+from mycoswarmd.errors import Denied, Unreachable
 
 _COLOURS = {"green": "green", "yellow": "yellow", "red": "red"}
 _EVERY_S = 1.0
@@ -34,7 +34,7 @@ def status(
     has_answered = False
     while True:
         try:
-            answer = session.client.get("/api/status")
+            answer = _whole_status(session)
         except Unreachable as exc:
             if not has_answered:  # after an answer it is a restart: whoever watches wants to see it come back
                 raise
@@ -121,6 +121,27 @@ def version(ctx: typer.Context, as_json: bool = JSON) -> None:
         session.text(f"mycoswarmctl {__version__}" + (f"\nmycoswarmd {node}" if node else ""))
 
 
+def _whole_status(session: Session) -> Doc:
+    """Return the node's status, with what it says of the members of its swarm as `swarm.members`."""
+    answer = session.client.get("/api/status")
+    summary = answer.get("swarm")
+    if not isinstance(summary, dict):
+        return answer
+    try:
+        known = session.client.get("/api/swarm")
+    except Denied:
+        return answer  # for who may not administer the node, the summary has to do
+    found = known.get("swarm") or {}
+    return answer | {
+        "swarm": {
+            **summary,
+            "members": known.get("nodes") or [],
+            "revoked": known.get("revoked") or [],
+            "problems": found.get("problems") or [],
+        }
+    }
+
+
 def _status(session: Session, answer: Doc, *, security: bool) -> None:
     state = str(answer.get("state", "unknown"))
     name = f"{line(answer.get('node', '?'))} {line(answer.get('version', ''))}"
@@ -150,6 +171,8 @@ def _status(session: Session, answer: Doc, *, security: bool) -> None:
     )
     for engine in answer.get("engines") or []:
         _engine(session, engine)
+    if isinstance(answer.get("swarm"), dict):
+        _swarm(session, answer["swarm"])
     if security:
         for fact in (answer.get("sandbox") or {}).get("facts") or []:
             mark = session.paint("green", "✓") if fact.get("ok") else session.paint("yellow", "✗")
@@ -164,3 +187,49 @@ def _engine(session: Session, engine: Doc) -> None:
     counts += f", {engine['waiting']} waiting" if engine.get("waiting") else ""
     detail = f"  {line(engine['detail'])}" if engine.get("detail") else ""
     print(f"engine {line(engine.get('name'))}: {session.paint(colour, line(state))}, {line(counts)}{detail}")
+
+
+def _swarm(session: Session, swarm: Doc) -> None:
+    age = swarm.get("roster_age_s")
+    heard = f"confirmed {span(age)} ago" if isinstance(age, int | float) else "not confirmed since the start"
+    reached = f"{swarm.get('reachable')} of {swarm.get('nodes')} nodes reached"
+    print(f"swarm {session.paint('bold', line(swarm.get('name')))}: {line(reached)}, roster {heard}")
+    for problem in swarm.get("problems") or []:
+        print(f"  {session.paint('yellow', '!')} {line(problem)}")
+    members = [row for row in swarm.get("members") or [] if row.get("role") != "operator"]
+    if members:
+        headers = ("NODE", "SAYS", "TIER", "SANDBOX", "MODELS", "RUNNING", "VERIFIED HERE")
+        session.table(headers, [_member(row) for row in members], empty="")
+
+
+def _member(row: Doc) -> tuple[object, ...]:
+    """Return a row: first the node's own word, then what this node verified."""
+    word = row.get("word") or {}
+    models = word.get("models") or []
+    loaded = sum(bool(model.get("loaded")) for model in models)
+    said = (
+        word.get("state"),
+        word.get("tier"),
+        word.get("sandbox"),
+        f"{len(models)} ({loaded} loaded)" if word else None,
+        f"{word.get('running', 0)}{' +' + str(word['waiting']) if word.get('waiting') else ''}"
+        if word
+        else None,
+    )
+    return (f"{row.get('name')}{' *' if row.get('self') else ''}", *said, _verified(row))
+
+
+def _verified(row: Doc) -> str:
+    if row.get("self"):
+        return "this node"
+    facts = row.get("verified") or {}
+    if row.get("state") != "ready":
+        seen = row.get("last_seen_s")
+        ago = f", last seen {span(seen)} ago" if isinstance(seen, int | float) else ""
+        said = f"{row.get('state') or 'unknown'}{': ' + str(row['detail']) if row.get('detail') else ''}{ago}"
+    else:
+        rtt = row.get("rtt_ms")
+        took = f", {rtt:.1f} ms" if isinstance(rtt, int | float) else ""
+        said = f"its key{took}" if facts.get("key") else "NOT its key"
+        said += ", same roster" if facts.get("digest_same") else ", another roster"
+    return f"{said}; ALARM: {row['alarm']}" if row.get("alarm") else said

@@ -5,6 +5,7 @@ import pytest
 
 from mycoswarmd import __version__
 from tests.unit.ctl.fakenode import Asked, FakeNode, Reply, answer, ctl, refuse
+from tests.unit.ctl.swarm_data import HERE, LAPTOP, PERSON, PI, THERE, WORD, row, swarm
 
 STATUS: dict[str, Any] = {
     "node": "box\x1b[2J",
@@ -127,6 +128,60 @@ def test_status_is_watched_across_a_restart_of_the_node(
 def test_status_is_not_watched_where_there_is_no_node(node: FakeNode) -> None:
     node.on("GET", "/api/status", Reply(body=b"{", cut=True))
     assert ctl(node, "status", "--watch").code == 4
+
+
+SUMMARY = {"name": "home", "id": "5" * 64, "nodes": 3, "reachable": 1, "roster_age_s": 60, "digest": "d1"}
+
+
+def in_swarm(node: FakeNode, *members: dict[str, Any], **fields: object) -> FakeNode:
+    node.on("GET", "/api/status", answer({**STATUS, "swarm": {**SUMMARY, **fields}}))
+    return node.on("GET", "/api/swarm", answer(swarm(*members)))
+
+
+def test_status_has_each_nodes_own_word_beside_what_was_verified(node: FakeNode) -> None:
+    told = row(PI, "kitchen-pi", word=WORD, verified={"key": True, "digest_same": False, "models": 1})
+    ran = ctl(in_swarm(node, HERE, told, row(LAPTOP, "den-pc", **GONE_QUIET), PERSON), "status")
+    assert ran.code == 0
+    head, titles, here, pi, den = ran.out.splitlines()[-5:]
+    assert "home" in head and "1 of 3 nodes reached" in head and "confirmed 1m ago" in head
+    assert titles.split()[:2] == ["NODE", "SAYS"]
+    assert here.startswith("study-pc *") and here.endswith("this node")
+    assert pi.split()[:7] == ["kitchen-pi", "yellow", "light", "full", "1", "(1", "loaded)"]
+    assert "1 +2" in pi and pi.endswith("its key, 0.8 ms, another roster")
+    assert "unreachable: connection refused, last seen 2h ago" in den and "ALARM: cloned" in den
+    assert "anna" not in ran.out
+
+
+GONE_QUIET: dict[str, Any] = {
+    "state": "unreachable",
+    "detail": "connection refused",
+    "last_seen_s": 7200,
+    "alarm": "cloned",
+}
+
+
+def test_status_as_json_has_the_members_and_what_is_wrong_with_the_roster(node: FakeNode) -> None:
+    found = ctl(in_swarm(node, HERE, THERE), "status", "--json").json["swarm"]
+    assert {key: found[key] for key in SUMMARY} == SUMMARY
+    assert found["members"] == [HERE, THERE]
+    assert found["revoked"] and found["problems"] == []
+    node.on("GET", "/api/swarm", answer({**swarm(), "swarm": {"problems": ["two are called pi"]}}))
+    assert "! two are called pi" in ctl(node, "status").out
+
+
+def test_status_is_there_for_who_may_not_see_the_members(node: FakeNode) -> None:
+    in_swarm(node, roster_age_s=None).on(
+        "GET", "/api/swarm", refuse(403, "default-deny", rule="default-deny")
+    )
+    ran = ctl(node, "status")
+    assert ran.code == 0
+    assert "1 of 3 nodes reached" in ran.out and "not confirmed" in ran.out and "VERIFIED" not in ran.out
+
+
+def test_status_does_not_say_verified_of_what_was_not(node: FakeNode) -> None:
+    unproved = row(PI, "kitchen-pi", verified={"key": False}, rtt_ms=None)
+    assert "NOT its key" in ctl(in_swarm(node, HERE, unproved), "status").out
+    assert "unknown" in ctl(in_swarm(node, HERE, {"id": PI}), "status").out
 
 
 def test_models_say_where_a_prompt_would_go(node: FakeNode) -> None:
