@@ -23,7 +23,7 @@ from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, check_roles
 from mycoswarmd.api.call import ROSTER_HEADER, Call
-from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer, working
+from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
 from mycoswarmd.api.routes import ROUTES, Gate, Route, make_router
 from mycoswarmd.api.services import Services
@@ -110,10 +110,9 @@ class Api:
         """Serve on a bound socket while the context lasts; the swarm's listener needs its TLS context."""
 
         async def handle(request: BaseRequest) -> StreamResponse:
-            line = self._lines.of(request)
             if listener.door is Door.SWARM:
-                return await working(line, self._serve_peer(line, request))
-            return await working(line, _answered(self._serve(listener, request)))
+                return await self._serve_peer(self._lines.of(request), request)
+            return await _answered(self._serve(listener, request))
 
         server = LineServer(handle, lines=self._lines, door=listener.door)
         runner = web.ServerRunner(server, shutdown_timeout=_STOP_S)
@@ -435,7 +434,7 @@ def bind_tcp(
     """Bind a TCP socket to an address in numbers; `::` is every address, also those of IPv4."""
     every = host == "::"
     if every and not socket.has_dualstack_ipv6():
-        every, host = False, "0.0.0.0"  # noqa: S104 - what was asked for, on a kernel without IPv6
+        every, host = False, "0.0.0.0"  # noqa: S104 - every address, on a kernel without IPv6
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST

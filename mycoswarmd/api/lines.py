@@ -10,7 +10,7 @@ import inspect
 import logging
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,7 +28,7 @@ _SILENT.disabled = True
 
 # The OpenAI client keeps connections for a long time; an idle one costs a few KB.
 _KEEPALIVE_S = 75.0
-# aiohttp before 3.9 lets a handler run on when its caller has gone away; there we end it ourselves.
+# aiohttp before 3.9 lets a handler run on when its caller has gone away; there we do what later ones do.
 _CANCELS_HANDLERS = "handler_cancellation" in inspect.signature(web.Server.__init__).parameters
 
 
@@ -63,7 +63,6 @@ class Line:
     node_id: str | None = None
     refusal: Unavailable | None = None
     is_endless: bool = False
-    work: asyncio.Task[object] | None = None
     _timer: asyncio.TimerHandle | None = None
 
     @property
@@ -133,8 +132,6 @@ class Lines:
         line.allow(None)
         self._count(line, -1)
         self.refused.discard(handler)
-        if line.work is not None:
-            line.work.cancel()
 
     def check(self, request: BaseRequest) -> None:
         """Raise Unavailable for a request on a connection that is one too many."""
@@ -270,26 +267,8 @@ class LineServer(web.Server):
         self._open_lines.opened(handler, transport, self._door)
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
-        """Forget the connection."""
+        """Forget the connection, and end what still works for it."""
         self._open_lines.closed(handler)
+        if not _CANCELS_HANDLERS and (task := handler._task_handler) is not None:  # noqa: SLF001
+            task.cancel()
         super().connection_lost(handler, exc)
-
-
-if _CANCELS_HANDLERS:
-
-    async def working(line: Line | None, answer: Coroutine[None, None, StreamResponse]) -> StreamResponse:
-        """Have the answer end with its connection: aiohttp sees to it."""
-        del line
-        return await answer
-
-else:
-
-    async def working(line: Line | None, answer: Coroutine[None, None, StreamResponse]) -> StreamResponse:
-        """Have the answer end with its connection: this aiohttp would let it run on."""
-        if line is None:
-            return await answer
-        line.work = asyncio.current_task()
-        try:
-            return await answer
-        finally:
-            line.work = None

@@ -55,8 +55,14 @@ async def pull(call: Call) -> StreamResponse:
 
 
 async def sync(call: Call) -> StreamResponse:
-    """Exchange statements with a member."""
-    return json_answer(await desk_of(call).swarm.sync(call.json()))
+    """Exchange statements with a member, and learn where it listens."""
+    desk, body = desk_of(call), call.json()
+    port = get_int(body, "port", where="body", default=0, low=0, high=65535)
+    answer = await desk.swarm.sync(body)
+    address = _caller_at(call, port)
+    if address is not None and call.principal.node_id is not None:
+        desk.fleet.hint(Hint(address=address, node_id=call.principal.node_id))
+    return json_answer(answer)
 
 
 async def word(call: Call) -> StreamResponse:

@@ -164,12 +164,17 @@ class Words:
 
 
 class Clock(SystemClock):
-    """The kernel's time, moved on by a test."""
+    """The kernel's time, moved on or stopped by a test."""
 
     ahead_s = 0.0
+    stopped_at_s: float | None = None
+
+    def stop(self) -> None:
+        self.stopped_at_s = super().monotonic_s()
 
     def monotonic_s(self) -> float:
-        return super().monotonic_s() + self.ahead_s
+        now_s = super().monotonic_s() if self.stopped_at_s is None else self.stopped_at_s
+        return now_s + self.ahead_s
 
 
 @dataclass(kw_only=True)
