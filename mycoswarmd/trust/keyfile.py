@@ -42,7 +42,7 @@ def write_key(path: Path, seed: bytes) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace a private file atomically and durably; StoreError where the disk refuses."""
-    new = path.with_name(path.name + ".new")
+    new = _new(path)
     try:
         _make_directory(path.parent)
         new.unlink(missing_ok=True)
@@ -67,10 +67,11 @@ def move_file(path: Path, to: Path) -> None:
 
 
 def remove_files(*paths: Path) -> None:
-    """Remove files that may not exist, durably."""
+    """Remove files that may not exist, and what an interrupted write left of them, durably."""
     try:
         for path in paths:
             path.unlink(missing_ok=True)
+            _new(path).unlink(missing_ok=True)
         if paths[0].parent.is_dir():
             sync_directory(paths[0].parent)
     except OSError as exc:
@@ -84,6 +85,10 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
 
 
 def _make_directory(path: Path) -> None:

@@ -182,6 +182,7 @@ def test_forgetting_is_whole_and_can_be_repeated(place: Path) -> None:
     store.destroy()
     store.create()
     store.prepare_next()
+    (place / "node.key.new").write_bytes(b"the power went off here")
     store.destroy()
     store.destroy()
     assert list(place.iterdir()) == []
