@@ -60,8 +60,8 @@ def restore(
     session.aside("start it with `mycoswarmd run --state DIR`, or as a service")
     if {"policy.toml", "mycoswarm.toml"} & set(names):
         session.aside(
-            "policy.toml and mycoswarm.toml are in that directory too; a node that is started without --state "
-            "reads /etc/mycoswarm"
+            "policy.toml and mycoswarm.toml are in that directory too; a node started without --state reads "
+            "those in /etc/mycoswarm"
         )
     session.aside("the node must not run twice: if the old machine still has its state, remove it there")
 
