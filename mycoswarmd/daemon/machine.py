@@ -10,12 +10,10 @@ from pathlib import Path
 from mycoswarmd import __version__
 from mycoswarmd.core.tasks import TaskState
 from mycoswarmd.core.types import SandboxLevel, Unknown
-from mycoswarmd.daemon.membership import Membership
 from mycoswarmd.daemon.policyfile import PolicyKeeper
 from mycoswarmd.daemon.settings import Settings
-from mycoswarmd.fleet.fleet import Fleet
+from mycoswarmd.daemon.swarmparts import SwarmParts
 from mycoswarmd.flow.ports import Clock, Engine
-from mycoswarmd.flow.swarm import Swarm
 from mycoswarmd.flow.swarmports import PeerAddress
 from mycoswarmd.inventory.gpu import Gpus
 from mycoswarmd.inventory.host import Host, own_memory_bytes, tier_of
@@ -46,13 +44,11 @@ class NodeMachine:
         host: Host,
         gpus: Callable[[], Gpus],
         clock: Clock,
-        swarm: Swarm,
-        fleet: Fleet,
-        membership: Callable[[], Membership],
+        parts: SwarmParts,
     ) -> None:
-        self._swarm = swarm
-        self._fleet = fleet
-        self._membership = membership
+        self._swarm = parts.swarm
+        self._fleet = parts.fleet
+        self._membership = parts.membership
         self._settings = settings
         self._policy = policy
         self._engines = engines
@@ -131,7 +127,7 @@ class NodeMachine:
         }
 
     def _swarm_problems(self) -> list[str]:
-        roster, membership = self._swarm.roster, self._membership()
+        roster, membership = self._swarm.roster, self._membership
         if roster is None:
             return []
         problems = [f"the roster: {problem}" for problem in roster.problems]
@@ -141,9 +137,7 @@ class NodeMachine:
             problems.append(f"the swarm cannot reach this node: {membership.problem}")
         if membership.discovery is not None and membership.discovery.state == "down":
             problems.append(f"other nodes are not looked for: {membership.discovery.detail}")
-        for state in self._fleet.states():
-            if state.alarm:
-                problems.append(f"node {state.member.name}: {state.alarm}")
+        problems += [f"node {one.member.name}: {one.alarm}" for one in self._fleet.states() if one.alarm]
         age_s = self._swarm.age_s()
         if not isinstance(age_s, Unknown) and age_s > _ROSTER_OLD_S:
             problems.append(f"no signer was heard for {age_s // 86_400} days: revocations may not have come")
@@ -190,7 +184,7 @@ class NodeMachine:
 
     def _swarm_listener(self) -> list[str]:
         listen = self._settings.swarm_listen
-        if listen is None or not self._swarm.is_member() or self._membership().problem:
+        if listen is None or not self._swarm.is_member() or self._membership.problem:
             return []
         return [f"swarm: {PeerAddress(*listen)}"]
 

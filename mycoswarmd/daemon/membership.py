@@ -7,7 +7,7 @@ its membership. A door that cannot be opened is a problem that `status` shows; t
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mycoswarmd.api.access import SWARM_LISTENER
 from mycoswarmd.api.app import Api, bind_tcp
@@ -33,38 +33,55 @@ _BIND_AGAIN_S = 5.0
 _BIND_HINT = "choose another with swarm_listen in the settings"
 
 
+class NodeTls:
+    """The TLS contexts of this node's key of the moment."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self._swarm = swarm
+        self._tls: Tls | None = None
+        self._id = ""
+        swarm.subscribe(self._on_change)
+
+    def client_context(self, cert_der: bytes) -> ssl.SSLContext:
+        """Return the context to reach the member with this certificate."""
+        return self._current().client_context(cert_der)
+
+    def server_context(self) -> ssl.SSLContext:
+        """Return the context to listen with; it trusts the live members of each moment."""
+        return self._current().server_context(self._anchors)
+
+    def _on_change(self) -> None:
+        if self._tls is not None:
+            self._tls.refresh()
+
+    def _current(self) -> Tls:
+        identity = self._swarm.identity
+        assert isinstance(identity, NodeIdentity)
+        if self._tls is None:
+            self._tls = Tls(identity.seed, identity.cert_der)
+        elif self._id != identity.node_id:
+            self._tls.replace(identity.seed, identity.cert_der)
+        self._id = identity.node_id
+        return self._tls
+
+    def _anchors(self) -> Sequence[bytes]:
+        roster = self._swarm.roster
+        return [member.cert_der for member in roster.members.values()] if roster is not None else []
+
+
 class Membership:
     """Opens and closes what membership needs. One per daemon."""
 
-    def __init__(
-        self,
-        *,
-        settings: Settings,
-        swarm: Swarm,
-        fleet: Fleet,
-        api: Callable[[], Api],
-        clock: Clock,
-    ) -> None:
+    def __init__(self, *, settings: Settings, swarm: Swarm, fleet: Fleet, tls: NodeTls, clock: Clock) -> None:
         self._settings = settings
         self._swarm = swarm
         self._fleet = fleet
-        self._api = api
+        self._tls = tls
         self._clock = clock
-        self._tls: Tls | None = None
-        self._tls_id = ""
         self._changed = asyncio.Event()
         self.discovery: Discovery | None = None
         self.problem = ""
         swarm.subscribe(self._on_change)
-
-    def port(self) -> int:
-        """Return the port that others find this node at; 0 while it does not listen."""
-        listen = self._settings.swarm_listen
-        return listen[1] if listen is not None else 0
-
-    def client_context(self, cert_der: bytes) -> ssl.SSLContext:
-        """Return the TLS context to reach the member with this certificate, as this node."""
-        return self._own_tls().client_context(cert_der)
 
     async def nearby(self) -> Sequence[PeerAddress]:
         """Look for swarms on the networks of this machine; a few seconds at most."""
@@ -95,7 +112,7 @@ class Membership:
                 task.cancel()
         return list(found)
 
-    async def run(self) -> None:
+    async def run(self, api: Api) -> None:
         """Be a member whenever the roster says so, until cancelled."""
         while True:
             self._changed.clear()
@@ -105,7 +122,7 @@ class Membership:
                 continue
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._listen(), name="swarm:listen"),
+                    group.create_task(self._listen(api), name="swarm:listen"),
                     group.create_task(self._fleet.run(), name="swarm:fleet"),
                     group.create_task(self._discover(), name="swarm:discovery"),
                 ]
@@ -116,26 +133,10 @@ class Membership:
                     task.cancel()
 
     def _on_change(self) -> None:
-        if self._tls is not None:
-            self._tls.refresh()
         self._announce()
         self._changed.set()
 
-    def _own_tls(self) -> Tls:
-        identity = self._swarm.identity
-        assert isinstance(identity, NodeIdentity)
-        if self._tls is None:
-            self._tls = Tls(identity.seed, identity.cert_der)
-        elif self._tls_id != identity.node_id:
-            self._tls.replace(identity.seed, identity.cert_der)
-        self._tls_id = identity.node_id
-        return self._tls
-
-    def _anchors(self) -> Sequence[bytes]:
-        roster = self._swarm.roster
-        return [member.cert_der for member in roster.members.values()] if roster is not None else []
-
-    async def _listen(self) -> None:
+    async def _listen(self, api: Api) -> None:
         where = self._settings.swarm_listen
         if where is None:
             return
@@ -148,8 +149,7 @@ class Membership:
                 await asyncio.sleep(_BIND_AGAIN_S)
                 continue
             self.problem = ""
-            context = self._own_tls().server_context(self._anchors)
-            async with self._api().listening(sock, SWARM_LISTENER, context):
+            async with api.listening(sock, SWARM_LISTENER, self._tls.server_context()):
                 log.info("listening for the swarm at %s", PeerAddress(*where))
                 await asyncio.get_running_loop().create_future()  # until cancelled
 
@@ -164,11 +164,16 @@ class Membership:
             self.discovery = None
 
     def _announce(self) -> None:
-        discovery, node_id = self.discovery, self._swarm.self_id
-        if discovery is None or node_id is None or not self._swarm.is_member() or not self.port():
+        discovery, node_id, port = self.discovery, self._swarm.self_id, own_port(self._settings)
+        if discovery is None or node_id is None or not self._swarm.is_member() or not port:
             return
         digest = self._swarm.digest[:_DIGEST_CHARS]
-        discovery.announce(Announcement(node_id=node_id, port=self.port(), digest=digest))
+        discovery.announce(Announcement(node_id=node_id, port=port, digest=digest))
+
+
+def own_port(settings: Settings) -> int:
+    """Return the port at which others find this node; 0 where it does not listen."""
+    return settings.swarm_listen[1] if settings.swarm_listen is not None else 0
 
 
 async def _start_discovery() -> Outpost:

@@ -29,7 +29,7 @@ class OwnWord:
         prompts: Prompts,
         engines: Sequence[Engine],
         state: Callable[[], str],
-        port: Callable[[], int],
+        port: int,
         clock: Clock,
     ) -> None:
         self._swarm = swarm
@@ -67,7 +67,7 @@ class OwnWord:
             version=__version__,
             boot=self._swarm.boot,
             instance=self._swarm.instance,
-            port=self._port(),
+            port=self._port,
             digest=self._swarm.digest,
             statements=len(roster.hashes) if roster is not None else 0,
             beacons=tuple(self._swarm.beacons()),

@@ -15,30 +15,23 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mycoswarmd.api.access import Doorman, Listener, RosterBook
+from mycoswarmd.api.access import Doorman, Listener
 from mycoswarmd.api.app import Api, bind_tcp, bind_unix
-from mycoswarmd.api.services import Services, SwarmDesk
+from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.model import Policy
-from mycoswarmd.daemon.backup import backup, take_restore_mark
+from mycoswarmd.daemon.backup import backup
 from mycoswarmd.daemon.clock import SystemClock, SystemEntropy
 from mycoswarmd.daemon.machine import NodeMachine
-from mycoswarmd.daemon.membership import Membership
-from mycoswarmd.daemon.ownword import OwnWord
 from mycoswarmd.daemon.policyfile import PolicyKeeper
 from mycoswarmd.daemon.settings import EngineSetting, Settings
+from mycoswarmd.daemon.swarmparts import make_swarm
 from mycoswarmd.engines.llamacpp import ManagedLlama
 from mycoswarmd.engines.ollama import OllamaEngine
 from mycoswarmd.engines.openai_http import OpenAIEngine
-from mycoswarmd.engines.peer import PeerEngines
-from mycoswarmd.engines.peerhttp import PeerHttp
-from mycoswarmd.errors import ConfigError, Unavailable
-from mycoswarmd.fleet.fleet import Fleet
+from mycoswarmd.errors import ConfigError
 from mycoswarmd.flow.approve import ApprovalDesk, ApprovalTimes
-from mycoswarmd.flow.enrol import Checks, Invitations, Newcomer
 from mycoswarmd.flow.ports import Engine
 from mycoswarmd.flow.prompt import Node, Prompts
-from mycoswarmd.flow.swarm import Swarm
-from mycoswarmd.flow.swarmports import Hint, PeerAddress
 from mycoswarmd.flow.task import TaskBounds, Tasks
 from mycoswarmd.inventory.gpu import Gpus, read_gpus
 from mycoswarmd.inventory.host import read_host, tier_of
@@ -51,15 +44,8 @@ from mycoswarmd.store.blobs import DirectoryBlobStore
 from mycoswarmd.store.db import Database
 from mycoswarmd.store.keys import SqliteKeyStore
 from mycoswarmd.store.receipts import SqliteReceiptLog
-from mycoswarmd.store.roster import SqliteRosterStore
 from mycoswarmd.store.tasks import SqliteTaskStore
 from mycoswarmd.store.usage import SqliteUsageStore
-from mycoswarmd.trust.certificate import read_certificate
-from mycoswarmd.trust.identity import IdentityFile
-from mycoswarmd.trust.keys import verify
-from mycoswarmd.trust.signer import FileSigner
-from mycoswarmd.trust.tlsctx import knock_context
-from mycoswarmd.wire.jsonv import get_str
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +158,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             policy = keeper.policy
             return policy.label_rank(label) if policy is not None else 0
 
-        task_store = SqliteTaskStore(db, rank=rank)
-        approvals = SqliteApprovalStore(db)
+        task_store, approvals = SqliteTaskStore(db, rank=rank), SqliteApprovalStore(db)
         blobs = DirectoryBlobStore(settings.state_dir / "blobs", max_bytes=_BLOB_BYTES)
         await blobs.sweep(await task_store.blobs())
         capability = await asyncio.to_thread(probe_machine)
@@ -188,35 +173,11 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             entropy=entropy,
             times=ApprovalTimes(task_s=settings.approval_s),
         )
-        roster_store = SqliteRosterStore(db)
-        identities = IdentityFile(settings.state_dir / "identity")
-        swarm = Swarm(
-            store=roster_store,
-            identities=identities,
-            signer=FileSigner(settings.state_dir / "signer"),
-            receipts=receipts,
-            clock=clock,
-            entropy=entropy,
-            verify=verify,
-            read_cert=read_certificate,
-        )
-        await swarm.start(boots=take_restore_mark(settings))
-        dialer = PeerHttp(
-            client_context=lambda cert_der: membership.client_context(cert_der), knock_context=knock_context
-        )
-        fleet = Fleet(
-            swarm=swarm,
-            store=roster_store,
-            dialer=dialer,
-            clock=clock,
-            entropy=entropy,
-            static=[PeerAddress(*peer) for peer in settings.peers],
-            own_port=lambda: membership.port(),
-        )
-        members = PeerEngines(fleet.states, fleet.client)
+        parts = await make_swarm(db, settings, receipts, clock, entropy)
+        swarm = parts.swarm
         prompts = Prompts(
             policy=lambda: keeper.policy,
-            engines=lambda: [*engines, *members()],
+            engines=lambda: [*engines, *parts.members()],
             receipts=receipts,
             usage=SqliteUsageStore(db),
             desk=desk,
@@ -236,7 +197,6 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             entropy=entropy,
             bounds=TaskBounds(slots=settings.task_slots, max_open=settings.max_open_tasks),
         )
-        policy_desk = PolicyDesk(keeper, receipts)
         machine = NodeMachine(
             settings=settings,
             policy=keeper,
@@ -247,27 +207,10 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             host=host,
             gpus=lambda: gpus,
             clock=clock,
-            swarm=swarm,
-            fleet=fleet,
-            membership=lambda: membership,
+            parts=parts,
         )
-        invitations = Invitations(
-            swarm=swarm,
-            store=roster_store,
-            clock=clock,
-            entropy=entropy,
-            check=Checks(verify=verify, read_cert=read_certificate),
-        )
-        await invitations.load()
-        membership = Membership(settings=settings, swarm=swarm, fleet=fleet, api=lambda: api, clock=clock)
-        word = OwnWord(
-            swarm=swarm,
-            prompts=prompts,
-            engines=engines,
-            state=machine.state,
-            port=membership.port,
-            clock=clock,
-        )
+        word = parts.word(prompts, engines, state=machine.state, settings=settings)
+        policy_desk = PolicyDesk(keeper, receipts)
         services = Services(
             prompts=prompts,
             tasks=tasks,
@@ -281,20 +224,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             machine=machine,
             clock=clock,
             entropy=entropy,
-            swarm=SwarmDesk(
-                swarm=swarm,
-                invitations=invitations,
-                newcomer=Newcomer(
-                    swarm=swarm,
-                    identities=identities,
-                    dialer=dialer,
-                    entropy=entropy,
-                    found_at=lambda node_id, address: fleet.hint(Hint(address=address, node_id=node_id)),
-                ),
-                fleet=fleet,
-                word=word,
-                nearby=membership.nearby,
-            ),
+            swarm=parts.desk(word),
             backup=lambda: backup(db, settings),
         )
 
@@ -311,20 +241,14 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             gpus = await asyncio.to_thread(read_gpus)
             prompts.node = replace(prompts.node, tier=tier_of(host, gpus.found))
 
-        book = RosterBook(
-            read_id=lambda cert_der: read_certificate(cert_der).node_id,
-            member_of=swarm.member,
-            self_id=lambda: swarm.self_id,
-        )
-        api = Api(services, Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid(), book=book))
-        swarm.ask_signer_key, swarm.spread = partial(_ask_signer_key, fleet), fleet.spread
-        background = {
+        api = Api(services, Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid(), book=parts.book()))
+        background: dict[str, Callable[[], Coroutine[None, None, None]]] = {
             "receipts": receipts.run,
             "keys": keys.run,
             "tasks": tasks.run,
             "gpus": look_at_gpus,
             "beacons": swarm.run,
-            "membership": membership.run,
+            "membership": partial(parts.membership.run, api),
             "word": word.run,
         }
         background |= {f"engine:{engine.name}": engine.run for engine in engines}
@@ -335,19 +259,6 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         for sock, listener in listeners:
             await stack.enter_async_context(api.listening(sock, listener))
         yield policy_desk
-
-
-async def _ask_signer_key(fleet: Fleet, node_id: str) -> str:
-    """Have another node make its signing key, and return the public half."""
-    client = fleet.client(node_id)
-    if client is None:
-        raise Unavailable(
-            "peer-unreachable",
-            "cannot make this node a signer: it cannot be reached now, and it makes its key itself",
-            hint="mycoswarmctl nodes says why",
-        )
-    answer = await client.ask("POST", "/swarm/signer-key", {})
-    return get_str(dict(answer), "key", where="signer-key", max_len=64)
 
 
 def _make_directory(path: Path) -> None:

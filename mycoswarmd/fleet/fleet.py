@@ -66,6 +66,7 @@ class Fleet:
             seen=self._on_seen,
             failed=self._on_failed,
             peers_told=self._on_told,
+            own_port=own_port,
         )
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -148,6 +149,13 @@ class Fleet:
             async with asyncio.timeout(_SPREAD_S), asyncio.TaskGroup() as group:
                 for link, _ in list(self._links.values()):
                     group.create_task(link.synced())
+
+    async def give(self, statements: Sequence[Mapping[str, object]]) -> None:
+        """Hand statements to everybody who is ready, and wait for them a few seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SPREAD_S), asyncio.TaskGroup() as group:
+                for link, _ in list(self._links.values()):
+                    group.create_task(link.give(statements))
 
     async def ping(self, node_id: str) -> float:
         """Ask a member something small and return the milliseconds until its answer."""

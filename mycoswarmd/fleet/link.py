@@ -7,7 +7,7 @@ placement; it opens nothing.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -45,6 +45,7 @@ class Around:
         seen: a member said its word; for the clone alarm and the memory of addresses.
         failed: a member could not be reached, and why.
         peers_told: a member said where others are.
+        own_port: where this node listens, for members to dial back.
     """
 
     swarm: Swarm
@@ -56,6 +57,7 @@ class Around:
     seen: Callable[["Link", Word], None]
     failed: Callable[["Link", MycoswarmError], None]
     peers_told: Callable[[Mapping[str, object]], None]
+    own_port: Callable[[], int | None] = lambda: None
 
 
 class Link:
@@ -214,6 +216,7 @@ class Link:
         if not self.is_ready:
             self._ready_s = self._around.clock.monotonic_s()
             self._set(Reach.READY, "")
+            self._sync_wanted.set()  # also where the rosters agree: it learns where this node listens
             self._became_ready.set()
         elif word != before:
             self._around.changed()
@@ -293,6 +296,12 @@ class Link:
         told = answer.get("peers")
         if isinstance(told, dict):
             self._around.peers_told(told)
+
+    async def give(self, statements: Sequence[Mapping[str, object]]) -> None:
+        """Hand statements to the member, if it is ready."""
+        if self.client is not None:
+            body = {"have": self._around.swarm.hashes(), "statements": list(statements)}
+            await self._quietly(self.client.ask("POST", "/swarm/sync", body))
 
     async def _measure(self, client: PeerClient) -> None:
         await self._became_ready.wait()

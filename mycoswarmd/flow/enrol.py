@@ -180,8 +180,7 @@ class Invitations:
         if greeting.role != row.role:
             raise BadRequest(
                 "wrong-role",
-                f"cannot join as {greeting.role}: this invitation is for {'an' if row.role[0] == 'o' else 'a'} "
-                f"{row.role}",
+                f"cannot join as {greeting.role}: this invitation is for role {row.role}",
                 hint="mycoswarmctl invite --operator is for a person's laptop, without it for a machine",
             )
         nonce = bytes.fromhex(self._entropy.token(32))
@@ -292,7 +291,7 @@ class Invitations:
             raise NotFound(
                 "invite-unknown",
                 "cannot join: there is no such invitation here",
-                hint="the code may be of another swarm, or the inviting machine was restarted: ask for a new one",
+                hint="the code may be of another swarm, or older than that machine: ask for a new one",
             )
         return row
 

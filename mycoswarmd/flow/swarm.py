@@ -29,7 +29,7 @@ from mycoswarmd.core.roster import (
     signed,
 )
 from mycoswarmd.core.types import UNKNOWN, Role, Unknown
-from mycoswarmd.errors import BadRequest, ConfigError, Conflict, NotFound, Unavailable
+from mycoswarmd.errors import BadRequest, ConfigError, Conflict, NotFound
 from mycoswarmd.flow.ports import Entropy, ReceiptLog
 from mycoswarmd.flow.swarmports import BeaconRow, BootClock, Identity, IdentityStore, RosterStore, Signer
 
@@ -80,6 +80,8 @@ class Swarm:
         # How another node's signing key is asked for, and how news is spread; set by the wiring.
         self.ask_signer_key: Callable[[str], Awaitable[str]] | None = None
         self.spread: Callable[[], Awaitable[None]] | None = None
+        self.give: Callable[[Sequence[Mapping[str, object]]], Awaitable[None]] | None = None
+        self.reached: Callable[[], Mapping[str, Sequence[str]]] = dict
 
     async def start(self, *, boots: int = 1) -> None:
         """Read what is on disk; raise ConfigError when key and roster do not fit together.
@@ -234,8 +236,14 @@ class Swarm:
                 invite=invite,
             )
             self._set = after
+            if self.identity is not None and self.identity.node_id in self._retired(fresh):
+                await self._adopt_prepared_key()
         self._changed()
         return len(fresh)
+
+    def _retired(self, statements: Sequence[Statement]) -> set[str]:
+        """Return the ids in whose place other keys are now."""
+        return {one.facts["old"] for one in statements if one.kind is Kind.REKEY}
 
     def _changed(self) -> None:
         self.version += 1
@@ -262,6 +270,7 @@ class Swarm:
             "want": sorted(have - mine),
             "digest": self.digest,
             "beacons": self.beacons(),
+            "peers": dict(self.reached()),
         }
 
     # --- freshness -------------------------------------------------------------------------------
@@ -422,8 +431,7 @@ class Swarm:
                 key=identity.public_key.hex(),
             )
             await self._note("leave", node=identity.node_id)
-            await self._believe([self._parse(signed(body, (identity.public_key, identity.sign)))])
-            await self._spread()
+            await self._give(signed(body, (identity.public_key, identity.sign)))
         await self.forget()
 
     async def forget(self) -> None:
@@ -449,14 +457,11 @@ class Swarm:
             key=old.public_key.hex(),
             cert=_b64(following.cert_der),
         )
-        statement = self._parse(
-            signed(body, (old.public_key, old.sign), (following.public_key, following.sign))
-        )
+        wire = signed(body, (old.public_key, old.sign), (following.public_key, following.sign))
+        statement = self._parse(wire)
         await self._note("rekey", node=old.node_id, to=following.node_id)
+        await self._give(wire)  # while the others still know the old key
         await self._believe([statement])
-        await self._spread()
-        self.identity = await asyncio.to_thread(self._identities.adopt_next)
-        self._changed()
         return {"id": following.node_id, "old": old.node_id}
 
     def recovery_draft(self, without: Sequence[str], restore: Sequence[str]) -> dict[str, object]:
@@ -559,6 +564,11 @@ class Swarm:
     async def _spread(self) -> None:
         if self.spread is not None:
             await self.spread()
+
+    async def _give(self, *statements: Mapping[str, object]) -> None:
+        """Hand statements to everybody who can be reached, before they take effect here."""
+        if self.give is not None:
+            await self.give(statements)
 
     async def _note(self, what: str, **facts: object) -> None:
         """Write the receipt of a change before it takes effect."""

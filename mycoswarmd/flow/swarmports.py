@@ -231,9 +231,9 @@ class RosterStore(Protocol):
 class PeerClient(Protocol):
     """HTTP to one member over connections on which it proved its key. Kept alive; safe to use concurrently.
 
-    All methods raise Unavailable("peer-unreachable") when there is no answer, Unauthenticated("peer-unproved")
-    when what answers has another key, Denied / BadRequest / NotFound / Unavailable as the member answered,
-    and EngineError("peer-failed") when it answers garbage.
+    All methods raise Unavailable("peer-unreachable") when there is no answer, Unauthenticated
+    ("peer-unproved") when what answers has another key, Denied / BadRequest / NotFound / Unavailable as
+    the member answered, and EngineError("peer-failed") when it answers garbage.
     """
 
     async def ask(
