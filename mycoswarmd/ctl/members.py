@@ -63,8 +63,9 @@ def ping(
     Each proves its key anew; exit 1 when one does not answer.
     """
     session = begin(ctx, as_json=as_json)
-    names = [node] if node else [str(row["id"]) for row in others(fetch(session))]
-    results = [_ping(session, name) for name in names]
+    known = others(fetch(session))
+    targets = [(node, node)] if node else [(str(row["name"]), str(row["id"])) for row in known]
+    results = [_ping(session, name, node_id) for name, node_id in targets]
     if as_json:
         session.document({"pings": results})
     else:
@@ -253,24 +254,32 @@ def _headline(session: Session, answer: Doc) -> None:
 
 def _row(row: Doc) -> tuple[object, ...]:
     word = row.get("word") or {}
-    seen = row.get("last_seen_s")
     is_here = bool(row.get("self"))
+    seen = "here" if is_here else ago(row.get("last_seen_s"))
+    roster = "here" if is_here else _roster(row)
     return (
         _short(row),
         _name(row),
         _role(row),
         word.get("tier"),
         row.get("address"),
-        "here" if is_here else f"{span(seen)} ago" if isinstance(seen, int | float) else None,
-        "here" if is_here else _roster(row.get("verified")),
+        seen,
+        roster,
         _state(row),
     )
 
 
-def _roster(verified: object) -> str | None:
-    if not isinstance(verified, Mapping) or "digest_same" not in verified:
+def ago(seconds: object) -> str | None:
+    """Return how long ago something was, in whole seconds at least; None for what is not known."""
+    return f"{span(max(1, round(seconds)))} ago" if isinstance(seconds, int | float) else None
+
+
+def _roster(row: Doc) -> str | None:
+    """Tell whether a node has our roster; nothing, where it has not said which one it has."""
+    verified = row.get("verified")
+    if not row.get("word") or not isinstance(verified, Mapping):
         return None
-    return "same" if verified["digest_same"] else "differs"
+    return "same" if verified.get("digest_same") else "differs"
 
 
 def _short(row: Doc) -> str:
@@ -288,14 +297,16 @@ def _role(row: Doc) -> str:
 def _state(row: Doc) -> str:
     if row.get("self"):
         return "this node"
-    said = str(row.get("state") or ("-" if row.get("role") == "operator" else "unknown"))
+    if row.get("role") == "operator":
+        return "a person"
+    said = str(row.get("state") or "unknown")
     said += f": {row['detail']}" if row.get("detail") else ""
     return f"{said} (ALARM: {row['alarm']})" if row.get("alarm") else said
 
 
-def _ping(session: Session, node: str) -> Doc:
+def _ping(session: Session, node: str, node_id: str) -> Doc:
     try:
-        answer = session.client.get(f"/api/swarm/nodes/{segment(node)}/ping")
+        answer = session.client.get(f"/api/swarm/nodes/{segment(node_id)}/ping")
     except MycoswarmError as exc:
         if exc.exit_code == 4:
             raise  # this node itself is not there

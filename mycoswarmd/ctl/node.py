@@ -4,6 +4,7 @@ import sys
 import time
 
 from mycoswarmd import __version__
+from mycoswarmd.ctl.members import ago
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import count, line, size, span
@@ -224,9 +225,9 @@ def _verified(row: Doc) -> str:
         return "this node"
     facts = row.get("verified") or {}
     if row.get("state") != "ready":
-        seen = row.get("last_seen_s")
-        ago = f", last seen {span(seen)} ago" if isinstance(seen, int | float) else ""
-        said = f"{row.get('state') or 'unknown'}{': ' + str(row['detail']) if row.get('detail') else ''}{ago}"
+        seen = ago(row.get("last_seen_s"))
+        said = f"{row.get('state') or 'unknown'}{': ' + str(row['detail']) if row.get('detail') else ''}"
+        said += f", last seen {seen}" if seen else ""
     else:
         rtt = row.get("rtt_ms")
         took = f", {rtt:.1f} ms" if isinstance(rtt, int | float) else ""

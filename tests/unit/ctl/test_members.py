@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.unit.ctl.fakenode import FakeNode, answer, ctl, refuse
-from tests.unit.ctl.swarm_data import ALONE, AWAY, GONE, HERE, LAPTOP, PC, PERSON, PI, THERE, row, swarm
+from tests.unit.ctl.swarm_data import ALONE, AWAY, GONE, HERE, LAPTOP, PC, PERSON, PI, THERE, WORD, row, swarm
 
 
 @pytest.fixture
@@ -36,18 +36,19 @@ def test_nodes_are_listed_with_what_is_known_of_each(home: FakeNode) -> None:
         "same",
         "ready",
     ]
-    assert person.split() == [LAPTOP[:8], "anna", "operator", "-", "-", "-", "-", "-"]
+    assert person.split() == [LAPTOP[:8], "anna", "operator", "-", "-", "-", "-", "a", "person"]
     assert f"revoked: {GONE}: stolen" in ran.err
     assert ctl(home, "nodes", "--json").json == swarm()
 
 
 def test_a_node_that_is_away_says_why_and_a_copied_one_is_an_alarm(node: FakeNode) -> None:
     copied = row(LAPTOP, "den-pc", alarm="cloned")
-    node.on("GET", "/api/swarm", answer(swarm(HERE, AWAY, copied, roster_age_s=None)))
+    node.on("GET", "/api/swarm", answer(swarm(HERE, {**AWAY, "word": WORD}, copied, roster_age_s=None)))
     ran = ctl(node, "nodes")
     away, den = ran.out.splitlines()[-2:]
     assert "unreachable: connection refused" in away and "2h ago" in away and "differs" in away
     assert "ALARM: cloned" in den
+    assert "same" not in den and "differs" not in den  # it has not said which roster it has
     assert "not confirmed since the start" in ran.out
 
 
@@ -73,7 +74,7 @@ def test_ping_asks_every_other_node_and_no_person(home: FakeNode) -> None:
     home.on("GET", f"/api/swarm/nodes/{PI}/ping", answer({"ms": 1.25, "address": "10.0.0.7:7437"}))
     ran = ctl(home, "nodes", "ping")
     assert ran.code == 0
-    assert ran.out.splitlines()[1].split() == [PI, "1.2", "ms", "10.0.0.7:7437", "alive"]
+    assert ran.out.splitlines()[1].split() == ["kitchen\\x1b-pi", "1.2", "ms", "10.0.0.7:7437", "alive"]
     assert [path for path in home.paths() if path.endswith("/ping")] == [f"GET /api/swarm/nodes/{PI}/ping"]
 
 
