@@ -1,0 +1,186 @@
+"""The rules of docs/wire.md, "What a set of statements means", written down anew from the page alone.
+
+This second reading shares nothing with core/roster but the parsed statements; both must say the same of
+every set. Where it differs, the page or the code is wrong.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given, settings
+
+from mycoswarmd.core.roster import Kind, Statement, StatementSet
+from mycoswarmd.errors import BadRequest
+from tests.property.test_roster_laws import ANY, GENESIS
+
+Ids = set[str]
+
+
+def of(kind: Kind, statements: Iterable[Statement]) -> list[Statement]:
+    return sorted((one for one in statements if one.kind is kind), key=lambda one: one.sha256)
+
+
+@dataclass
+class Reading:
+    """What the page says of a set; the steps have the page's numbers."""
+
+    genesis: Statement
+    given: list[Statement]
+    belongs: list[Statement] = field(default_factory=list)
+    refused: list[Statement] = field(default_factory=list)
+    overtaken: list[Statement] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        current = self.step_1_to_3()
+        self.step_4_and_5(current)
+        self.step_6_and_7(current)
+
+    # --- which statements belong ---
+
+    def step_1_to_3(self) -> list[Statement]:
+        ours: list[Statement] = []
+        for one in self.given:
+            forged = one.kind is Kind.EPOCH and one.signatures[0][0] != self.genesis.facts["recovery"]
+            (self.refused if one.swarm != self.genesis.sha256 or forged else ours).append(one)
+        epochs = of(Kind.EPOCH, ours)
+        self.epoch = max((one.facts["n"] for one in epochs), default=0)
+        newest = [one for one in epochs if one.facts["n"] == self.epoch]
+        self.belongs += newest
+        self.overtaken += [one for one in epochs if one not in newest]
+        if newest:
+            named = [{each["key"]: each["node"] for each in one.facts["signers"]} for one in newest]
+            self.roots = {key: node for key, node in named[0].items() if all(key in each for each in named)}
+            self.suspects = {key for each in named for key in each} - set(self.roots)
+            self.keep = set.intersection(*(set(one.facts["keep"]) for one in newest))
+        else:
+            self.roots = {self.genesis.facts["signer"]: self.genesis.facts["node"]}
+            self.suspects, self.keep = set(), set()
+        current = []
+        for one in ours:
+            if one.kind is Kind.EPOCH:
+                continue
+            if one.facts["epoch"] > self.epoch:
+                self.refused.append(one)
+            elif one.facts["epoch"] == self.epoch or self.is_kept(one):
+                current.append(one)
+            else:
+                self.overtaken.append(one)
+        return current
+
+    def is_kept(self, one: Statement) -> bool:
+        fits = one.kind in (Kind.ADMIT, Kind.REKEY) and one.facts["epoch"] < self.epoch
+        return fits and one.sha256 in self.keep
+
+    def step_4_and_5(self, current: list[Statement]) -> None:
+        additions = of(Kind.ADD_SIGNER, current)
+        ever = set(self.roots) | self.suspects
+        while more := {one.facts["key"] for one in additions if one.facts["by"] in ever} - ever:
+            ever |= more
+        for one in additions:
+            (self.belongs if one.facts["by"] in ever else self.refused).append(one)
+        for kind in (Kind.DROP_SIGNER, Kind.REVOKE, Kind.ADMIT):
+            for one in of(kind, current):
+                fits = one.facts["by"] in ever or self.is_kept(one)
+                (self.belongs if fits else self.refused).append(one)
+
+    def step_6_and_7(self, current: list[Statement]) -> None:
+        rekeys, leaves = of(Kind.REKEY, current), of(Kind.LEAVE, current)
+        depth = {one.facts["node"]: 0 for one in of(Kind.ADMIT, self.belongs)}
+        queue = list(depth)
+        while queue:
+            node = queue.pop(0)
+            following = [one for one in rekeys if one.facts["old"] == node][:2] if depth[node] < 16 else []
+            self.belongs += following
+            if len(following) == 1 and (new := following[0].facts["node"]) not in depth:
+                depth[new] = depth[node] + 1
+                queue.append(new)
+        self.belongs += [one for one in leaves if one.facts["node"] in depth]
+        known = {node for node, how in depth.items() if how < 16}
+        known |= {one.facts["node"] for one in of(Kind.ADMIT, self.overtaken)} - set(depth)
+        while more := {one.facts["node"] for one in rekeys if one.facts["old"] in known} - known - set(depth):
+            known |= more
+        for one in [*rekeys, *leaves]:
+            if one not in self.belongs:
+                node = one.facts["old" if one.kind is Kind.REKEY else "node"]
+                (self.overtaken if node in known else self.refused).append(one)
+
+    # --- what they say ---
+
+    def view(self) -> Mapping[str, Any]:
+        kept_of: dict[str, Ids] = {}
+        for one in of(Kind.DROP_SIGNER, self.belongs):
+            keep = set(one.facts["keep"])
+            kept_of[one.facts["key"]] = kept_of.get(one.facts["key"], keep) & keep
+
+        def stands(one: Statement) -> bool:
+            return one.facts["by"] not in kept_of or one.sha256 in kept_of[one.facts["by"]]
+
+        holder = dict(self.roots)
+        queue = sorted(holder)
+        while queue:
+            key = queue.pop(0)
+            for one in of(Kind.ADD_SIGNER, self.belongs):
+                if one.facts["by"] == key and stands(one) and one.facts["key"] not in holder:
+                    holder[one.facts["key"]] = one.facts["node"]
+                    queue.append(one.facts["key"])
+
+        rekeys = of(Kind.REKEY, self.belongs)
+        out = {one.facts["node"] for one in self.belongs if one.kind in (Kind.REVOKE, Kind.LEAVE)}
+        while more := {one.facts["node"] for one in rekeys if one.facts["old"] in out} - out:
+            out |= more
+
+        admits: dict[str, Statement] = {}
+        for one in of(Kind.ADMIT, self.belongs):
+            if self.is_kept(one) or (stands(one) and one.facts["by"] in holder):
+                admits.setdefault(one.facts["node"], one)
+        chains = [chain for one in admits.values() if (chain := self.chain(one, rekeys, set(admits)))]
+        newest = {node: chain[-1] for chain in chains for node in chain}
+        signers = {key: newest.get(node, node) for key, node in holder.items() if key not in kept_of}
+        members = {}
+        for chain in chains:
+            if chain[-1] not in out:
+                first = admits[chain[0]].facts
+                members[chain[-1]] = (first["name"], first["role"], chain[-1] in signers.values())
+        return {"members": members, "signers": signers, "out": out}
+
+    def chain(self, admit: Statement, rekeys: list[Statement], admitted: Ids) -> list[str]:
+        """Return the ids of a chain, or none where it is nobody's."""
+        chain = [admit.facts["node"]]
+        if any(one.facts["node"] == chain[0] for one in rekeys):
+            return []
+        while following := [one for one in rekeys if one.facts["old"] == chain[-1]]:
+            new = following[0].facts["node"]
+            claims = [one for one in rekeys if one.facts["node"] == new]
+            if len(following) > 1 or len(claims) > 1 or new in admitted:
+                return []
+            chain.append(new)
+        return chain
+
+
+@settings(max_examples=400, deadline=None)
+@given(ANY)
+def test_the_page_and_the_code_read_every_set_alike(statements: list[Statement]) -> None:
+    given_ones = list({one.sha256: one for one in statements}.values())
+    reading = Reading(GENESIS, given_ones)
+    whole = StatementSet(GENESIS)
+    try:
+        whole.add(given_ones)
+    except BadRequest:
+        assert reading.refused
+        # An honest node has none of those; what is left must be read alike.
+        refused = {one.sha256 for one in reading.refused}
+        given_ones = [one for one in given_ones if one.sha256 not in refused]
+        reading = Reading(GENESIS, given_ones)
+        if reading.refused:  # they rested on what is gone
+            return
+        whole.add(given_ones)
+    else:
+        assert not reading.refused
+    roster, view = whole.roster, reading.view()
+    assert roster.hashes == {GENESIS.sha256, *(one.sha256 for one in reading.belongs)}
+    assert roster.epoch == reading.epoch
+    assert dict(roster.signers) == view["signers"]
+    assert set(roster.revoked) == view["out"]
+    members = {one.id: (one.given_name, one.role.value, one.is_signer) for one in roster.members.values()}
+    assert members == view["members"]
