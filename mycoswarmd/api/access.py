@@ -196,12 +196,10 @@ class Doorman:
         return Principal(key=row.name)
 
 
-def check_roles(caller: Caller, who: frozenset[Who]) -> None:
-    """Raise Denied("role-needed") unless the caller has a role that is needed."""
-    if caller.roles & who:
-        return
+def role_needed(caller: Caller, who: frozenset[Who]) -> Denied:
+    """Make the refusal of a caller that has none of these roles."""
     needed = " or ".join(role.value for role in Who if role in who)
-    raise Denied(
+    return Denied(
         "role-needed",
         f"cannot do this as {' and '.join(sorted(caller.roles))}: it needs role {needed}",
         hint="run mycoswarmctl on that machine itself" if Who.LOCAL in who else "",

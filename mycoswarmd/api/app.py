@@ -21,7 +21,7 @@ from aiohttp import web
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
-from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, check_roles
+from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed
 from mycoswarmd.api.call import ROSTER_HEADER, Call
 from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
@@ -58,6 +58,8 @@ _ANSWER_S = 30.0
 # A peer that does not say goodbye keeps a connection that is closed on our side for so long.
 _GOODBYE_S = 2.0
 _BACKLOG = 256
+# What the policy does not decide before the handler runs.
+_FREE = frozenset({Gate.OPEN, Gate.INSIDE, Gate.INVITED})
 _FULL = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _FULL_S = 1.0
 
@@ -199,6 +201,12 @@ class Api:
     async def _serve_peer(self, line: Line | None, request: BaseRequest) -> StreamResponse:
         if line is None:
             return Response(status=499)  # it was cut before its request was looked at
+        response = await self._answer_peer(line, request)
+        if not response.prepared:
+            response.headers["Server"] = "mycoswarmd"  # which versions of what is nobody's business
+        return response
+
+    async def _answer_peer(self, line: Line, request: BaseRequest) -> StreamResponse:
         try:
             if line.refusal is not None:
                 raise line.refusal
@@ -261,17 +269,32 @@ class Api:
         roster: str = "",
         line: Line | None = None,
     ) -> StreamResponse:
-        check_roles(caller, route.who)
-        await self._pass_gate(route, names, caller)
-        async with self._large if route.body_bytes > _LARGE_BYTES else contextlib.nullcontext():
-            body = await _read_body(request, route.body_bytes)
-            if line is not None:
-                line.allow(_ANSWER_S)
-            call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
-            if route.runs_to_its_end:
-                # What changes something is not left half done when its caller goes away.
-                return await asyncio.shield(self._begun.create_task(_answered(route.handler(call))))
-            return await route.handler(call)
+        if not caller.roles & route.who:
+            raise role_needed(caller, route.who)
+        if route.gate not in _FREE:
+            await self._pass_gate(route, names, caller)
+        if route.body_bytes > _LARGE_BYTES:
+            async with self._large:
+                return await self._handled(route, names, caller, request, roster, line)
+        return await self._handled(route, names, caller, request, roster, line)
+
+    async def _handled(
+        self,
+        route: Route,
+        names: dict[str, str],
+        caller: Caller,
+        request: BaseRequest,
+        roster: str,
+        line: Line | None,
+    ) -> StreamResponse:
+        body = await _read_body(request, route.body_bytes) if request.body_exists else b""
+        if line is not None:
+            line.allow(_ANSWER_S)
+        call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
+        if route.runs_to_its_end:
+            # What changes something is not left half done when its caller goes away.
+            return await asyncio.shield(self._begun.create_task(_answered(route.handler(call))))
+        return await route.handler(call)
 
     def _no_route(self, caller: Caller, request: BaseRequest) -> MycoswarmError:
         if methods := self._router.methods(request.path, caller):
@@ -298,8 +321,6 @@ class Api:
             raise Denied("policy-denied", "cannot store a workspace for someone who may post no task")
 
     async def _pass_gate(self, route: Route, names: dict[str, str], caller: Caller) -> None:
-        if route.gate in {Gate.OPEN, Gate.INSIDE, Gate.INVITED}:
-            return
         if route.gate is Gate.SOME_TASK:
             self._may_post_something(caller)
             return
@@ -342,8 +363,6 @@ async def _answered(answer: Coroutine[None, None, StreamResponse]) -> StreamResp
 
 async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
     """Read the body within the route's bound; refuse a larger one before reading it where it says so."""
-    if not request.body_exists:
-        return b""
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise BadRequest("compressed-body", "cannot read a compressed body: send it plain", http_status=415)
     length = request.content_length

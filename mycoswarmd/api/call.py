@@ -34,7 +34,7 @@ class Call:
 
     def stream(self, headers: Mapping[str, str]) -> StreamResponse:
         """Begin an answer that is sent piece by piece."""
-        given = {**headers, ROSTER_HEADER: self.roster} if self.roster else headers
+        given = {**headers, ROSTER_HEADER: self.roster, "Server": "mycoswarmd"} if self.roster else headers
         return StreamResponse(headers=given)
 
     def json(self) -> dict[str, object]:

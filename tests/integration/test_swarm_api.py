@@ -405,6 +405,20 @@ async def test_a_strangers_body_is_bounded(path: str, allowed: int) -> None:
             assert (await connection.answer()).status == 413
 
 
+async def test_nobody_is_told_what_this_is_made_of() -> None:
+    async with running_api() as node:
+        nina = await node.admit("nina")
+        for who, method, path in [
+            (None, "GET", "/"),
+            (None, "POST", "/swarm/pull"),
+            (nina, "GET", "/swarm/word"),
+        ]:
+            assert (await node.ask(who, method, path)).headers["server"] == "mycoswarmd"
+        async with node.connected(nina) as connection:
+            await connection.send("GET", "/swarm/watch")
+            assert (await connection.head())[1]["server"] == "mycoswarmd"
+
+
 async def test_few_strangers_at_a_time_and_they_are_told() -> None:
     async with running_api() as node, AsyncExitStack() as stack:
         nina = await node.admit("nina")
