@@ -210,7 +210,13 @@ class Network:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def host(
-        self, name: str, *, hostname: str | None = None, ipv4: bool = True, multicast: bool = True
+        self,
+        name: str,
+        *,
+        hostname: str | None = None,
+        ipv4: bool = True,
+        ipv6: bool = True,
+        multicast: bool = True,
     ) -> Host:
         """Plug in a machine."""
         host = Host(name, hostname or name, len(self.hosts) + 1)
@@ -219,13 +225,16 @@ class Network:
         self._ip(
             f"link add {port} type veth peer name eth0 netns {host.pid}\nlink set {port} master br0 up\n"
         )
+        if not ipv6:
+            host.run("sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6")
         lines = ["link set eth0 up"]
         lines += [f"addr add {host.ip}/16 dev eth0"] if ipv4 else []
         lines += ["route add 224.0.0.0/4 dev eth0"] if ipv4 and multicast else []
         host.run("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
         if not multicast:  # as on a network whose access points swallow it
             host.run("ip", "link", "set", "eth0", "multicast", "off", "allmulticast", "off")
-        wait_until(lambda: host.link_local, within_s=3)
+        if ipv6:
+            wait_until(lambda: host.link_local, within_s=3)
         return host
 
     def partition(self, *groups: Iterable[Host]) -> None:
@@ -257,6 +266,8 @@ class Network:
             f"addr flush dev eth0 scope global\naddr add {ip}/16 dev eth0\nroute add 224.0.0.0/4 dev eth0\n"
         ))  # fmt: skip
         host.ip = ip
+        for other in self.hosts.values():  # as its gratuitous ARP would
+            other.run("ip", "neigh", "flush", "to", ip, check=False)
 
     @contextlib.contextmanager
     def capture(self, host: Host | None = None, *, outgoing_only: bool = False) -> Iterator["Capture"]:

@@ -64,7 +64,7 @@ class _Server:
             except TimeoutError:
                 continue
             sock.settimeout(10)
-            self._open.append(sock)
+            self._open.append(sock.dup())  # TLS takes the descriptor away; this one ends the connection
             thread = threading.Thread(target=self._handle, args=(sock,))
             self._threads.append(thread)
             thread.start()
@@ -137,13 +137,19 @@ class Records:
 
 @contextlib.contextmanager
 def tamperer(
-    host: Host, target: tuple[str, int], alter: Alter = _unchanged, *, port: int = PORT
+    host: Host,
+    target: tuple[str, int],
+    alter: Alter = _unchanged,
+    *,
+    port: int = PORT,
+    via: Host | None = None,
 ) -> Iterator[Records]:
     """Pass TLS records on, each as `alter` says: none, twice, changed, or kept for later."""
     book = Records()
+    via = via or host
 
     def handle(sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), host.connect(*target) as meant:
+        with contextlib.suppress(OSError), via.connect(*target) as meant:
             thread = threading.Thread(target=_pass_records, args=("up", sock, meant, alter, book))
             thread.start()
             _pass_records("down", meant, sock, alter, book)

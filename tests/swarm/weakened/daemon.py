@@ -4,6 +4,7 @@ A test of an attack is worth something only if the attack succeeds where the def
 here takes out exactly one; the tests run the attack against it first, then against the real daemon.
 """
 
+import ssl
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from mycoswarmd.core import enrol
 from mycoswarmd.flow import enrol as flow_enrol
 from mycoswarmd.store.roster import SqliteRosterStore
 from mycoswarmd.trust.identity import IdentityFile
+from mycoswarmd.trust.tlsctx import Tls
 
 WEAKENINGS: dict[str, Callable[[], None]] = {}
 
@@ -26,6 +28,25 @@ def weakening(function: Callable[[], None]) -> Callable[[], None]:
 def swap(owner: object, name: str, make: Callable[[Any], object]) -> None:
     """Put what `make` makes of a function in the function's place; a name that is gone is an error."""
     setattr(owner, name, make(getattr(owner, name)))
+
+
+# --- between members ---------------------------------------------------------------------------------
+
+
+@weakening
+def believes_any_server() -> None:
+    """Reach members without asking whose key answers."""
+
+    def careless(real: Callable[..., ssl.SSLContext]) -> Callable[..., ssl.SSLContext]:
+        def client_context(self: Tls, peer_cert_der: bytes) -> ssl.SSLContext:
+            context = real(self, peer_cert_der)
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            return context
+
+        return client_context
+
+    swap(Tls, "client_context", careless)
 
 
 # --- enrolment ---------------------------------------------------------------------------------------
