@@ -71,6 +71,7 @@ class Fleet:
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
         self._group: asyncio.TaskGroup | None = None
         self._self_id: str | None = None
+        self._own: set[PeerAddress] = set()
         self._listeners: list[Callable[[], None]] = []
 
     # --- what is known ---------------------------------------------------------------------------
@@ -223,6 +224,9 @@ class Fleet:
 
     def _on_met(self, address: PeerAddress, cert_der: bytes) -> None:
         """Learn who is behind an address; its key will be proved when it is dialled."""
+        identity = self._swarm.identity
+        if identity is not None and identity.cert_der == cert_der:
+            self._own.add(address)  # the same list of addresses may be on all nodes
         for node_id, (link, _) in self._links.items():
             if link.member.cert_der == cert_der:
                 is_static = address in self._static
@@ -243,7 +247,7 @@ class Fleet:
                     for address in self._hints.addresses(node_id)
                 }
                 for address in self._static:
-                    if address not in known:
+                    if address not in known | self._own:
                         self._knocker.want(address, is_ours=True)
             await asyncio.sleep(_TICK_S)
 

@@ -63,8 +63,16 @@ class Outpost:
 
 async def start_outpost(module: str, *, line_bytes: int, arguments: Sequence[str] = ()) -> Outpost:
     """Start a module of ours; CageError where that cannot be done."""
-    orders_r, orders_w = os.pipe2(os.O_CLOEXEC)
-    reports_r, reports_w = os.pipe2(os.O_CLOEXEC)
+    try:
+        orders_r, orders_w = os.pipe2(os.O_CLOEXEC)
+    except OSError as exc:
+        raise CageError("cage-setup", f"cannot start {module!r}: {exc.strerror}") from exc
+    try:
+        reports_r, reports_w = os.pipe2(os.O_CLOEXEC)
+    except OSError as exc:
+        os.close(orders_r)
+        os.close(orders_w)
+        raise CageError("cage-setup", f"cannot start {module!r}: {exc.strerror}") from exc
     try:
         child = Child(
             [sys.executable, "-I", "-m", module, *arguments],

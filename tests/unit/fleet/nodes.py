@@ -79,7 +79,8 @@ class RealNode:
             static=static,
             own_port=lambda: self.port,
         )
-        self.swarm.spread = self.fleet.spread
+        self.swarm.spread, self.swarm.give = self.fleet.spread, self.fleet.give
+        self.swarm.reached = self.fleet.reached
         self.behaviour = Behaviour()
         self.port: int | None = None
         self._tls: Tls | None = None
@@ -218,8 +219,7 @@ class RealNode:
             return await self._send(writer, {"error": {"code": "unauthenticated"}}, status=401)
         match path:
             case "/swarm/sync":
-                answer = await self.swarm.sync(body) | {"peers": dict(self.fleet.reached())}
-                return await self._send(writer, answer)
+                return await self._send(writer, await self.swarm.sync(body))
             case "/swarm/word":
                 return await self._send(writer, json.loads(encode_word(self.word())))
             case "/swarm/watch":
