@@ -57,6 +57,10 @@ class _Server:
         for sock in self._open:
             sock.close()
 
+    def _serve(self, sock: socket.socket) -> None:
+        with sock:
+            self._handle(sock)
+
     def _accept(self) -> None:
         while not self._stop.is_set():
             try:
@@ -65,7 +69,7 @@ class _Server:
                 continue
             sock.settimeout(10)
             self._open.append(sock.dup())  # TLS takes the descriptor away; this one ends the connection
-            thread = threading.Thread(target=self._handle, args=(sock,))
+            thread = threading.Thread(target=self._serve, args=(sock,))
             self._threads.append(thread)
             thread.start()
 
