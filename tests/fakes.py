@@ -35,6 +35,7 @@ class Turn:
     async def write(self, data: bytes) -> None:
         self.writer.write(data)
         await self.writer.drain()
+        await asyncio.sleep(0)  # over TLS, a drain to somebody who has left does not give way to others
 
     async def answer(self, value: object, *, status: int = 200, kind: str = "application/json") -> None:
         """Answer at once, with JSON or with bytes as they are."""

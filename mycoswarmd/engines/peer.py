@@ -22,7 +22,7 @@ import aiohttp
 from mycoswarmd.core.policy.evaluate import Permit
 from mycoswarmd.core.types import Zone
 from mycoswarmd.engines.checks import check_permit, find_model
-from mycoswarmd.engines.peerhttp import MemberClient, Said, parse_said
+from mycoswarmd.engines.peerhttp import MemberClient, Said, leave, parse_said
 from mycoswarmd.engines.slots import Slots
 from mycoswarmd.engines.upstream import Exchange, Patience
 from mycoswarmd.errors import (
@@ -182,6 +182,9 @@ class _Crossing(Exchange):
         response = await self._client.send(method, path, body, {LABEL_HEADER: self._label})
         self.via = Via(self._node, parse_said(b"", response.headers).receipt)
         return response
+
+    def _leave(self, response: aiohttp.ClientResponse) -> None:
+        leave(response)
 
     def _refusal(self, response: aiohttp.ClientResponse, untrusted: bytes, prompt: Prompt) -> MycoswarmError:
         said = parse_said(untrusted, response.headers)

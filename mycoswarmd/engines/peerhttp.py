@@ -16,13 +16,14 @@ import json
 import re
 import socket
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from ssl import SSLContext
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -62,6 +63,9 @@ SILENT_S = 4.5
 _WATCH_HEAD_S = 10.0
 # A member's addresses are tried this far apart where none of them is proved yet.
 _STAGGER_S = 0.25
+# A server that refuses our certificate ends the connection at once; one that worked for longer has failed.
+_EARLY_S = 5.0
+_KNOCK_S = 3.0
 _ERROR_S = 5.0
 # Words come at most 5 times a second; a node that floods is read no faster than this.
 _WORD_PAUSE_S = 0.05
@@ -155,6 +159,17 @@ async def _note_reuse(_session: aiohttp.ClientSession, context: SimpleNamespace,
     context.trace_request_ctx.is_reused = True
 
 
+def leave(response: aiohttp.ClientResponse) -> None:
+    """Be done with an answer: a connection that still carries some of it is dropped at once.
+
+    Closing it in the way of TLS would wait for the other side, which may go on sending.
+    """
+    connection = response.connection
+    if connection is not None and connection.transport is not None:
+        connection.transport.abort()
+    response.close()
+
+
 class _Line:
     """The way to one address. `aclose` it."""
 
@@ -164,6 +179,7 @@ class _Line:
         self.address = address
         self._base_url = f"https://{server_name}:{address.port}"
         self._context = context
+        self._responses: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self.connector = _Connector(address, is_single=is_single)
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
@@ -177,9 +193,17 @@ class _Line:
             trace_configs=[trace],
         )
 
-    async def aclose(self) -> None:
-        """Drop the connections."""
+    def cut(self) -> None:
+        """Drop the connections, and tell whoever reads from one."""
         self.connector.cut()
+        # A session that closes forgets its readers, and they would wait for ever.
+        for response in list(self._responses):
+            if not response.content.is_eof():
+                response.content.set_exception(aiohttp.ServerDisconnectedError())
+
+    async def aclose(self) -> None:
+        """Drop the connections for good."""
+        self.cut()
         await self._session.close()
 
     async def send(
@@ -197,7 +221,9 @@ class _Line:
     async def _send_once(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], use: SimpleNamespace
     ) -> aiohttp.ClientResponse:
-        return await self._session.request(
+        if self._session.closed:  # the member was put out while this was on its way
+            raise aiohttp.ServerDisconnectedError
+        response = await self._session.request(
             method,
             self._base_url + path,
             data=as_payload(body),
@@ -206,14 +232,22 @@ class _Line:
             allow_redirects=False,
             trace_request_ctx=use,
         )
+        self._responses.add(response)
+        return response
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """Why an address did not do; `is_nobody`: nothing was sent there, so the next one may be tried."""
+    """Why an address did not do.
+
+    Attributes:
+        is_nobody: nothing was sent there, so the next address may be tried.
+        is_early_end: the member proved its key, and the connection ended before any answer.
+    """
 
     error: MycoswarmError
     is_nobody: bool
+    is_early_end: bool = False
 
 
 def _explain(name: str, address: PeerAddress, exc: Exception) -> _Failure:
@@ -234,29 +268,83 @@ def _explain(name: str, address: PeerAddress, exc: Exception) -> _Failure:
     if _REFUSED.search(str(exc)):
         return _Failure(_refused(name), is_nobody=False)
     if isinstance(exc, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError):
-        return _Failure(_unreachable(name, f"it closed the connection at {address}"), is_nobody=False)
+        error = _unreachable(name, f"it closed the connection at {address}")
+        return _Failure(error, is_nobody=False, is_early_end=True)
     if isinstance(exc, aiohttp.ClientConnectionError | OSError):
         return _Failure(_unreachable(name, f"the connection to {address} is gone"), is_nobody=False)
     return _Failure(_failed(name, "it speaks no HTTP"), is_nobody=False)
 
 
+class _Race:
+    """The same question to several addresses; the first answer ends it."""
+
+    def __init__(self) -> None:
+        self.runners: list[asyncio.Task[None]] = []
+        self._answers: list[aiohttp.ClientResponse] = []
+        self._failures: list[MycoswarmError] = []
+        self._ended = asyncio.Event()
+
+    async def run(self, asking: Awaitable[aiohttp.ClientResponse | _Failure]) -> None:
+        """Take part."""
+        answer = await asking
+        self._ended.set()
+        if isinstance(answer, _Failure):
+            self._failures.append(answer.error)
+            return
+        self._answers.append(answer)
+        for runner in self.runners:
+            if runner is not asyncio.current_task():
+                runner.cancel()
+
+    async def is_over(self, *, within_s: float) -> bool:
+        """Wait until some runner has ended, or a while, and tell whether there is an answer."""
+        self._ended.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._ended.wait()
+        return bool(self._answers)
+
+    def winner(self) -> aiohttp.ClientResponse:
+        """Return the first answer, or raise the gravest failure."""
+        if not self._answers:
+            raise reduce(lambda worst, one: _graver(one, worst), self._failures)
+        for response in self._answers[1:]:
+            leave(response)
+        return self._answers[0]
+
+    def leave_all(self) -> None:
+        """Be done with every answer."""
+        for response in self._answers:
+            leave(response)
+
+
 class MemberClient:
     """HTTP to one member at whichever of its addresses it proves its key."""
 
-    def __init__(self, member: Member, addresses: AddressBook, context: SSLContext) -> None:
+    def __init__(
+        self,
+        member: Member,
+        addresses: AddressBook,
+        context: SSLContext,
+        knock_context: Callable[[], SSLContext],
+    ) -> None:
         self._id = member.id
+        self._cert_der = member.cert_der
+        self._knock_context = knock_context
         self._name = f"node {member.name!r}"
         self._addresses = addresses
         self._context = context
         self._lines: dict[PeerAddress, _Line] = {}  # the longest unused first
         self._best: PeerAddress | None = None
         self._is_closed = False
+        self._cuts = 0
         self._tries = 0
         self._failed_at: dict[PeerAddress, int] = {}  # counted in tries
 
     async def aclose(self) -> None:
         """Drop every connection for good."""
         self._is_closed = True
+        self.cut()
         for line in list(self._lines.values()):
             await line.aclose()
         self._lines.clear()
@@ -267,8 +355,9 @@ class MemberClient:
 
     def cut(self) -> None:
         """Drop every connection now, also in the middle of a stream."""
+        self._cuts += 1
         for line in self._lines.values():
-            line.connector.cut()
+            line.cut()
 
     async def ask(
         self, method: str, path: str, body: Mapping[str, object] | None = None, *, within_s: float = 5.0
@@ -298,7 +387,7 @@ class MemberClient:
                     yield word
                     await asyncio.sleep(_WORD_PAUSE_S)
         finally:
-            response.close()
+            leave(response)
 
     async def _next_piece(self, response: aiohttp.ClientResponse) -> bytes:
         """Return what has arrived, waiting for at least something; b"" where the connection has ended."""
@@ -328,60 +417,64 @@ class MemberClient:
             return await self._race(addresses, path, headers or {})
         worst: MycoswarmError = _unreachable(self._name, "no address of it is known")
         for address in addresses:
-            try:
-                return await self._send_to(address, method, path, body, headers or {})
-            except BROKEN as exc:
-                failure = _explain(self._name, address, exc)
-                if not failure.is_nobody:
-                    raise failure.error from exc
-                worst = _graver(failure.error, worst)
+            answer = await self._send_to(address, method, path, body, headers or {})
+            if not isinstance(answer, _Failure):
+                return answer
+            if not answer.is_nobody:
+                raise answer.error
+            worst = _graver(answer.error, worst)
         raise worst
 
     async def _send_to(
         self, address: PeerAddress, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
-    ) -> aiohttp.ClientResponse:
+    ) -> aiohttp.ClientResponse | _Failure:
+        begun_s, cuts = asyncio.get_running_loop().time(), self._cuts
         try:
             response = await self._line(address).send(method, path, body, headers)
-        except BROKEN:
+        except BROKEN as exc:
             self._tries += 1
             self._failed_at[address] = self._tries
-            raise
+            failure = _explain(self._name, address, exc)
+            is_early = asyncio.get_running_loop().time() - begun_s < _EARLY_S and cuts == self._cuts
+            if failure.is_early_end and is_early and await self._hears_strangers(address):
+                return _Failure(_refused(self._name), is_nobody=False)
+            return failure
         self._best = address
         self._failed_at.pop(address, None)
         return response
+
+    async def _hears_strangers(self, address: PeerAddress) -> bool:
+        """Tell whether the member answers there, as long as it is not shown our certificate.
+
+        A server that refuses a certificate just ends the connection: asyncio does not send the alert.
+        """
+        line = _Line(address, SERVER_NAME.format(self._id), self._knock_context(), is_single=True)
+        try:
+            async with asyncio.timeout(_KNOCK_S):
+                response = await line.send("GET", "/swarm/word", None, {})
+                response.close()
+        except BROKEN:  # a TimeoutError is one of them
+            return False
+        finally:
+            await line.aclose()
+        return line.connector.cert_der == self._cert_der
 
     async def _race(
         self, addresses: Sequence[PeerAddress], path: str, headers: Mapping[str, str]
     ) -> aiohttp.ClientResponse:
         """Ask at all addresses, a little apart, and return the first answer: most of them may be dead."""
-        answers: list[aiohttp.ClientResponse] = []
-        failures: list[MycoswarmError] = []
-        tasks: list[asyncio.Task[None]] = []
-
-        async def ask(number: int, address: PeerAddress) -> None:
-            await asyncio.sleep(number * _STAGGER_S)
-            try:
-                response = await self._send_to(address, "GET", path, None, headers)
-            except BROKEN as exc:
-                failures.append(_explain(self._name, address, exc).error)
-                return
-            answers.append(response)
-            for task in tasks:
-                if task is not asyncio.current_task():
-                    task.cancel()
-
+        race = _Race()
         try:
             async with asyncio.TaskGroup() as group:
-                tasks += [group.create_task(ask(*one)) for one in enumerate(addresses)]
+                for address in addresses:
+                    asking = self._send_to(address, "GET", path, None, headers)
+                    race.runners.append(group.create_task(race.run(asking)))
+                    if await race.is_over(within_s=_STAGGER_S):
+                        break
         except BaseException:
-            for response in answers:
-                response.close()
+            race.leave_all()
             raise
-        for response in answers[1:]:
-            response.close()
-        if not answers:
-            raise reduce(lambda worst, one: _graver(one, worst), failures)
-        return answers[0]
+        return race.winner()
 
     def _in_order(self) -> list[PeerAddress]:
         """Begin with where it was reached last; what failed comes last, the longest ago first."""
@@ -442,7 +535,8 @@ class PeerHttp:
     @asynccontextmanager
     async def member(self, member: Member, addresses: AddressBook) -> AsyncIterator[MemberClient]:
         """Hold a client of one member; it dials the addresses that the book has at that moment."""
-        client = MemberClient(member, addresses, self._client_context(member.cert_der))
+        context = self._client_context(member.cert_der)
+        client = MemberClient(member, addresses, context, self._knock_context)
         try:
             yield client
         finally:
@@ -502,7 +596,7 @@ async def _read_answer(response: aiohttp.ClientResponse, name: str) -> Mapping[s
             await _raise_refusal(response, name)
         untrusted = await _read(response, MAX_ANSWER_BYTES, name)
     finally:
-        response.close()  # one that was read to its end has given its connection back already
+        leave(response)
     try:
         if len(untrusted) <= _INLINE_BYTES:
             return parse_object(untrusted, what="the answer")

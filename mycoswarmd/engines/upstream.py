@@ -96,6 +96,11 @@ class Exchange:
         """Send a request and return what its answer begins with; all that fails is one of our errors."""
         raise NotImplementedError
 
+    def _leave(self, response: aiohttp.ClientResponse) -> None:
+        """Be done with an answer, read to its end or not."""
+        # One that was read to its end has given its connection back; any other is cut off.
+        response.close()
+
     def _refusal(self, response: aiohttp.ClientResponse, untrusted: bytes, prompt: Prompt) -> MycoswarmError:
         """Make our error of an answer with an error status."""
         return parse_error(response.status, untrusted, engine=self._engine, model=prompt.model)
@@ -179,8 +184,7 @@ class Exchange:
         try:
             yield response
         finally:
-            # A response that was read to its end has given its connection back; any other is cut off.
-            response.close()
+            self._leave(response)
 
     async def _check_status(self, response: aiohttp.ClientResponse, prompt: Prompt) -> None:
         if response.status != 200:
