@@ -216,7 +216,9 @@ class Link:
         if not self.is_ready:
             self._ready_s = self._around.clock.monotonic_s()
             self._set(Reach.READY, "")
-            self._sync_wanted.set()  # also where the rosters agree: it learns where this node listens
+            # Also where the rosters agree: it learns where this node listens, and we where others do.
+            self._sync_wanted.set()
+            self._hurry.set()
             self._became_ready.set()
         elif word != before:
             self._around.changed()
@@ -268,10 +270,9 @@ class Link:
 
         A member that missed an epoch sends statements that this node refuses, and needs ours all the more.
         """
-        have = self._around.swarm.hashes()
-        answer = dict(
-            await client.ask("POST", "/swarm/sync", {"have": have, "statements": []}, within_s=_SYNC_WITHIN_S)
-        )
+        have, port = self._around.swarm.hashes(), self._around.own_port() or 0
+        body = {"have": have, "statements": [], "port": port}
+        answer = dict(await client.ask("POST", "/swarm/sync", body, within_s=_SYNC_WITHIN_S))
         try:
             await self._give(client, answer)
         finally:
