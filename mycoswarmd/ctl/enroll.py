@@ -15,7 +15,7 @@ from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.errors import BadRequest, ConfigError, MycoswarmError
+from mycoswarmd.errors import BadRequest, ConfigError, MycoswarmError, NotFound
 
 # What reads codes, and what holds an operator's key: hashing and cryptography, which --help does without.
 _CODES = "mycoswarmd.core.enrol"
@@ -93,7 +93,23 @@ def own_name() -> str:
 
 def _join_node(session: Session, code: str, addresses: Sequence[str], name: str | None) -> Doc:
     body = {"code": code, "addresses": list(addresses)} | ({"name": name} if name else {})
-    return session.local.post("/api/swarm/enroll", body, timeout_s=_JOIN_S, on_wait=lambda: _words(session))
+    try:
+        return session.local.post(
+            "/api/swarm/enroll", body, timeout_s=_JOIN_S, on_wait=lambda: _words(session)
+        )
+    except NotFound as exc:
+        raise told_nothing(exc) from exc
+
+
+def told_nothing(exc: NotFound) -> NotFound:
+    """Return what it means that the inviting node has no door for newcomers: it has no open invitation."""
+    if exc.code != "no-such-route":
+        return exc
+    return NotFound(
+        "nobody-invited",
+        "cannot join: no invitation is open there; the code was used, has expired, was cancelled or is void",
+        hint="ask for a new one: mycoswarmctl invite",
+    )
 
 
 def _words(session: Session) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from mycoswarmd.core.enrol import Code, CodeKeys, Joiner, Welcome, derive, parse_code, six_words
 from mycoswarmd.ctl import finding, operators
+from mycoswarmd.ctl.enroll import told_nothing
 from mycoswarmd.ctl.finding import Address
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.session import Session
@@ -36,6 +37,9 @@ def join(session: Session, code_text: str, addresses: Sequence[Address], name: s
         try:
             with Stranger(address, _STEP_S) as stranger:
                 welcome = _exchange(session, stranger, code, keys, identity, name)
+        except NotFound as exc:
+            problem = _telling(problem, told_nothing(exc))
+            continue
         except MycoswarmError as exc:
             problem = _telling(problem, exc)
             continue
@@ -104,7 +108,8 @@ def _telling(one: MycoswarmError | None, other: MycoswarmError) -> MycoswarmErro
     """Keep what tells a person most: a word on the code beats an address at which nobody is."""
     if one is None or isinstance(one, Unreachable):
         return other
-    return other if one.code == "invite-unknown" and not isinstance(other, Unreachable) else one
+    says_little = one.code in {"invite-unknown", "nobody-invited"}
+    return other if says_little and not isinstance(other, Unreachable) else one
 
 
 def _summary(own: operators.Operator) -> Doc:

@@ -265,6 +265,13 @@ def test_what_the_inviter_says_of_the_code_is_one_sentence(
     assert ran.err == f"error: cannot join with this code: it is old ({code})\n"
 
 
+def test_a_node_that_invites_nobody_just_now_says_what_that_means(newcomer: FakeNode) -> None:
+    newcomer.on("POST", "/api/swarm/enroll", refuse(404, "no-such-route", "cannot find this path"))
+    ran = ctl(newcomer, "enroll", CODE)
+    assert ran.code == 1 and "nobody-invited" in ran.err and "the code was used, has expired" in ran.err
+    assert "path" not in ran.err
+
+
 def test_while_a_person_decides_the_six_words_are_shown(
     newcomer: FakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,9 @@ def test_a_word_on_the_code_beats_an_address_where_nobody_is(laptop: Laptop, pc:
     for order in (both, [*both[2:], *both[:2]]):
         ran = laptop.ctl("enroll", "--operator", code, *order, "--json")
         assert ran.json["error"]["code"] == "invite-used"
+    closed = pc.invite(refusal=refuse(404, "no-such-route", "cannot find this path"))
+    ran = laptop.ctl("enroll", "--operator", closed, *both, "--json")
+    assert ran.json["error"]["code"] == "nobody-invited"
     good = pc.invite()
     assert laptop.ctl("enroll", "--operator", good, "--address", "127.0.0.1:1", *both[:2]).code == 0
 
