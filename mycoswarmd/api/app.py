@@ -60,7 +60,9 @@ _GOODBYE_S = 2.0
 _BACKLOG = 256
 # What the policy does not decide before the handler runs.
 _FREE = frozenset({Gate.OPEN, Gate.INSIDE, Gate.INVITED})
-_FULL = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+# What accept says of a connection that ended before it was accepted; anything else is ours, mostly too many
+# open files, and would be said again at once.
+_OVER_ALREADY = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH})
 _FULL_S = 1.0
 
 
@@ -156,9 +158,9 @@ class Api:
                 try:
                     connection, peername = await loop.sock_accept(sock)
                 except OSError as exc:
-                    if exc.errno in _FULL:
+                    if exc.errno not in _OVER_ALREADY:
                         log.warning("cannot accept connections of the swarm for now: %s", exc.strerror)
-                        await asyncio.sleep(_FULL_S)
+                    await asyncio.sleep(0 if exc.errno in _OVER_ALREADY else _FULL_S)
                     continue
                 source = source_of(peername)
                 if not self._lines.has_room(source) or not self._shakes.take(source):

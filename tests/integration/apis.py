@@ -28,10 +28,12 @@ from mycoswarmd.core.roster import Member
 from mycoswarmd.core.types import SandboxLevel
 from mycoswarmd.daemon.clock import SystemClock, SystemEntropy
 from mycoswarmd.daemon.wiring import ReceiptDesk
+from mycoswarmd.engines.ollama import OllamaEngine
 from mycoswarmd.engines.openai_http import OpenAIEngine
 from mycoswarmd.errors import Unavailable
 from mycoswarmd.flow.approve import ApprovalDesk, ApprovalTimes
 from mycoswarmd.flow.enrol import Checks, Invitations
+from mycoswarmd.flow.ports import Engine
 from mycoswarmd.flow.prompt import Node, Prompts
 from mycoswarmd.flow.swarm import Swarm
 from mycoswarmd.flow.swarmports import Hint, PeerAddress, PeerState, Reach
@@ -222,10 +224,10 @@ class Running:
         assert isinstance(identity, NodeIdentity)
         return Key(identity.seed)
 
-    async def engine_ready(self) -> None:
-        """Wait until the canned engine serves something."""
+    async def engines_ready(self, count: int = 1) -> None:
+        """Wait until so many engines serve something."""
         async with asyncio.timeout(5):
-            while not self.services.prompts.models():
+            while len({info.engine for info in self.services.prompts.models()}) < count:
                 await asyncio.sleep(0.01)
 
     async def make_signer(self, name: str) -> None:
@@ -376,6 +378,7 @@ async def running_api(
     routes: Sequence[Route] = ROUTES,
     bounds: Bounds | None = None,
     engine_url: str = "",
+    ollama_url: str = "",
     in_swarm: bool = True,
     cuts: bool = True,
     makes_room: bool = True,
@@ -408,12 +411,14 @@ async def running_api(
         await swarm.start()
         if in_swarm:
             await swarm.init("home", node_name="alpha", recovery_public_hex=key("recovery").hex)
-        engine = OpenAIEngine(
-            name="canned", url=engine_url or "http://127.0.0.1:1", native_tools=True, concurrency=4
-        )
+        engines: list[Engine] = []
+        if engine_url:
+            engines.append(OpenAIEngine(name="canned", url=engine_url, native_tools=True, concurrency=4))
+        if ollama_url:
+            engines.append(OllamaEngine(name="ollama", url=ollama_url, destinations=dict))
         newcomer = Newcomer()
         services, desk, fleet, words = _services(
-            directory, db, receipts, keys, clock, swarm, engine, newcomer
+            directory, db, receipts, keys, clock, swarm, engines, newcomer
         )
         tls = _tls(swarm)
         context = tls.server_context(
@@ -432,8 +437,7 @@ async def running_api(
             api.cut = lambda node_ids: None  # type: ignore[method-assign]
         if not makes_room:
             api._lines = _Hoarded(bounds or Bounds(), read_id=book.read_id)
-        if engine_url:
-            await stack.enter_async_context(_running(engine))
+        await stack.enter_async_context(_running(engines))
         listener, tcp = bind_tcp("::", 0), bind_tcp("127.0.0.1", 0)
         swarm_port, tcp_port = listener.getsockname()[1], tcp.getsockname()[1]
         unix = bind_unix(directory / "api.sock", mode=0o666)
@@ -467,13 +471,14 @@ class _Hoarded(Lines):
 
 
 @asynccontextmanager
-async def _running(engine: OpenAIEngine) -> AsyncIterator[None]:
+async def _running(engines: Sequence[Engine]) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(engine.run())
+        tasks = [group.create_task(engine.run()) for engine in engines]
         try:
             yield
         finally:
-            task.cancel()
+            for task in tasks:
+                task.cancel()
 
 
 async def _make_key(keys: SqliteKeyStore) -> None:
@@ -496,7 +501,7 @@ def _services(
     keys: SqliteKeyStore,
     clock: Clock,
     swarm: Swarm,
-    engine: OpenAIEngine,
+    engines: Sequence[Engine],
     newcomer: Newcomer,
 ) -> tuple[Services, SwarmDesk, Fleet, Words]:
     policy, entropy = Desk(), SystemEntropy()
@@ -511,7 +516,7 @@ def _services(
     )
     prompts = Prompts(
         policy=lambda: policy.policy,
-        engines=lambda: [engine],
+        engines=lambda: engines,
         receipts=receipts,
         usage=SqliteUsageStore(db),
         desk=desk,

@@ -1,6 +1,9 @@
 """The swarm's listener and /api/swarm: what they answer, what they refuse, and what they bear."""
 
 import asyncio
+import os
+import resource
+import socket
 from base64 import b64decode
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,7 +15,7 @@ from mycoswarmd.core.enrol import Code, Joiner, derive, parse_code
 from mycoswarmd.core.roster import signed
 from mycoswarmd.flow.swarmports import PeerAddress, PeerState, Reach
 from mycoswarmd.wire.peer import parse_word
-from tests.fakes import OPENAI, Turn, chunk, serving
+from tests.fakes import OPENAI, Turn, chunk, ollama_scripts, serving
 from tests.integration.apis import Answer, Connection, Running, local_user, running_api
 from tests.rosters import Key, key, parse
 
@@ -169,15 +172,30 @@ async def test_watch_says_a_word_at_once_then_changes_then_that_it_lives() -> No
             assert 1.5 < loop.time() - begun_s < 3.5
 
 
-async def test_a_program_on_another_node_sees_only_what_that_node_serves_itself() -> None:
-    async with serving(OPENAI) as engine, running_api(engine_url=engine.address) as node:
+async def test_a_node_sees_and_gets_only_what_is_answered_right_here() -> None:
+    far = ollama_scripts({"name": "far", "digest": "d", "remote_host": "https://ollama.example"})
+    async with (
+        serving(OPENAI) as engine,
+        serving(far) as ollama,
+        running_api(engine_url=engine.address, ollama_url=ollama.address) as node,
+    ):
         nina = await node.admit("nina")
-        await node.engine_ready()
-        answer = await node.ask(nina, "GET", "/v1/models")
-        assert [one["id"] for one in answer.json["data"]] == ["small"]
+        pia = await node.admit("pia", role="operator")
+        await node.engines_ready(2)
+        seen = {
+            name: {one["id"] for one in (await node.ask(who, "GET", "/v1/models")).json["data"]}
+            for name, who in (("nina", nina), ("pia", pia))
+        }
+        assert seen == {"nina": {"small"}, "pia": {"small", "far"}}
         said = await node.ask(nina, "POST", "/v1/chat/completions", CHAT)
         assert said.json["choices"][0]["message"]["content"] == "Hello there"
         assert said.headers["x-mycoswarm-zone"] == "self"
+        decision = await node.services.receipts.one(said.headers["x-mycoswarm-receipt"])
+        assert isinstance(decision["body"], dict)
+        assert decision["body"]["by"] == "node:nina"
+        refused = await node.ask(nina, "POST", "/v1/chat/completions", {**CHAT, "model": "far"})
+        assert refused.status == 403
+        assert ollama.prompts() == []
 
 
 # --- what requests must look like ---------------------------------------------------------------
@@ -271,7 +289,7 @@ async def test_who_is_put_out_is_cut_off_in_the_middle_of_an_answer() -> None:
     scripts = {**OPENAI, "/v1/chat/completions": endless}
     async with serving(scripts) as engine, running_api(engine_url=engine.address) as node:
         rosa, nina = await node.admit("rosa"), await node.admit("nina")
-        await node.engine_ready()
+        await node.engines_ready()
         async with AsyncExitStack() as stack, local_user(node, uid=0) as owner:
             chat = await stack.enter_async_context(answering(node, rosa))
             idle = await stack.enter_async_context(node.connected(rosa))
@@ -299,7 +317,7 @@ async def test_without_the_cut_a_stream_would_go_on() -> None:
     scripts = {**OPENAI, "/v1/chat/completions": endless}
     async with serving(scripts) as engine, running_api(engine_url=engine.address, cuts=False) as node:
         rosa = await node.admit("rosa")
-        await node.engine_ready()
+        await node.engines_ready()
         async with answering(node, rosa) as chat, node.connected(rosa) as idle:
             assert (await idle.ask("GET", "/swarm/word")).status == 200
             await node.swarm.revoke("rosa", "stolen")
@@ -455,6 +473,33 @@ async def test_the_connections_of_one_member_are_bounded() -> None:
         async with asyncio.timeout(1):
             for one in held:
                 await ended(one)
+
+
+async def test_all_connections_of_members_are_bounded() -> None:
+    async with running_api(bounds=Bounds(swarm=2)) as node, AsyncExitStack() as stack:
+        members = [await node.admit(name) for name in ("nina", "omar", "rosa")]
+        held = [await stack.enter_async_context(node.connected(one)) for one in members]
+        answers = [await one.ask("GET", "/swarm/word") for one in held]
+        assert [one.status for one in answers] == [200, 200, 503]
+        held[0].writer.transport.abort()
+        async with asyncio.timeout(5):
+            while (await node.ask(members[2], "GET", "/swarm/word")).status != 200:
+                await asyncio.sleep(0.02)
+
+
+async def test_too_many_open_files_are_waited_for() -> None:
+    async with running_api() as node:
+        nina = await node.admit("nina")
+        with socket.create_connection(("127.0.0.1", node.swarm_port)):
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            highest = max(int(one) for one in os.listdir("/proc/self/fd"))  # noqa: PTH208
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+            try:
+                await asyncio.sleep(0.1)  # accepting fails meanwhile
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            async with asyncio.timeout(5):
+                assert (await node.ask(nina, "GET", "/swarm/word")).status == 200
 
 
 async def test_local_connections_are_bounded() -> None:
