@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mycoswarmd.api.access import RosterBook
 from mycoswarmd.api.porch import Buckets
 from mycoswarmd.core import enrol
 from mycoswarmd.flow import enrol as flow_enrol
 from mycoswarmd.store.roster import SqliteRosterStore
+from mycoswarmd.trust import tlsctx
 from mycoswarmd.trust.identity import IdentityFile
 from mycoswarmd.trust.tlsctx import Tls
 
@@ -47,6 +49,46 @@ def believes_any_server() -> None:
         return client_context
 
     swap(Tls, "client_context", careless)
+
+
+@weakening
+def members_for_ever() -> None:
+    """Serve whoever was a member once, and cut nobody's connection."""
+    known: dict[str, Any] = {}
+
+    def remembering(member_of: Callable[[str], Any]) -> Callable[[str], Any]:
+        def look(node_id: str) -> object:
+            member = member_of(node_id)
+            if member is not None:
+                known[node_id] = member
+            return known.get(node_id)
+
+        return look
+
+    def made(real: Callable[..., None]) -> Callable[..., None]:
+        def init(self: RosterBook, *, member_of: Callable[[str], Any], **facts: object) -> None:
+            real(self, member_of=remembering(member_of), **facts)
+
+        return init
+
+    swap(RosterBook, "__init__", made)
+
+
+@weakening
+def tickets() -> None:
+    """Let TLS sessions be resumed."""
+
+    def resumable(real: Callable[[int], ssl.SSLContext]) -> Callable[[int], ssl.SSLContext]:
+        def context(protocol: int) -> ssl.SSLContext:
+            made = real(protocol)
+            made.options &= ~ssl.OP_NO_TICKET
+            if protocol == ssl.PROTOCOL_TLS_SERVER:
+                made.num_tickets = 2
+            return made
+
+        return context
+
+    swap(tlsctx, "_context", resumable)
 
 
 # --- enrolment ---------------------------------------------------------------------------------------
