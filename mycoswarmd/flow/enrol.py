@@ -47,7 +47,6 @@ from mycoswarmd.flow.swarmports import (
     PeerAddress,
     PeerDialer,
     RosterStore,
-    StrangerClient,
 )
 
 HELLO_PATH = "/swarm/enroll/hello"
@@ -60,6 +59,8 @@ MAX_OPEN = 16
 _SESSION_S = 60.0
 _DECIDE_S = 120.0
 _AGAIN_S = 1.0
+# How often a message is sent again that a busy inviter or a broken connection did not answer.
+_TRIES = 8
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _CLOSED = {
     "used": ("invite-used", "it was used already"),
@@ -93,6 +94,7 @@ class Invitations:
         self._secret = bytes.fromhex(entropy.token(32))
         self._rows: dict[str, InviteRow] = {}
         self._waiting: dict[str, Waiting] = {}
+        self._asks_again_until_s = 0.0
         self._lock = asyncio.Lock()
 
     async def load(self) -> None:
@@ -101,7 +103,9 @@ class Invitations:
         self._rows = {row.invite: row for row in reversed(rows)}
 
     def is_open(self) -> bool:
-        """Tell whether a newcomer is expected."""
+        """Tell whether a newcomer is expected, or one that has just been admitted may ask again."""
+        if self._clock.boot_s() < self._asks_again_until_s:
+            return True
         return any(self._state(row) == "open" for row in self._rows.values())
 
     async def open(self, *, role: str, name: str, ttl_s: int, needs_confirm: bool) -> dict[str, object]:
@@ -228,6 +232,7 @@ class Invitations:
                     invite=row.invite,
                 )
                 self._set_state(row, "used")
+                self._asks_again_until_s = self._clock.boot_s() + _SESSION_S
                 self._waiting.pop(row.invite, None)
         bundle = {"statements": self._swarm.missing(frozenset())}
         return seal_bundle(_keys(row), transcript, bundle)
@@ -376,8 +381,8 @@ class Newcomer:
                 name=name,
             )
             try:
-                async with asyncio.timeout(_DECIDE_S + _SESSION_S), self._dialer.stranger(address) as client:
-                    welcome, server_cert = await _exchange(joiner, client, identity.sign)
+                async with asyncio.timeout(_DECIDE_S + _SESSION_S):
+                    welcome, server_cert = await self._exchange(joiner, address, identity.sign)
             except TimeoutError:
                 problem = _worse(
                     problem, Unavailable("no-answer", f"cannot join at {address}: no answer in time")
@@ -399,6 +404,37 @@ class Newcomer:
             hint="say where one is: mycoswarmctl enroll --address HOST",
         )
 
+    async def _exchange(
+        self, joiner: Joiner, address: PeerAddress, sign: Callable[[bytes], bytes]
+    ) -> tuple[Welcome, bytes]:
+        """Greet, prove and be welcomed; what a busy inviter or a lost connection costs is time."""
+        untrusted, server_cert = await self._post(address, HELLO_PATH, joiner.hello())
+        answer = joiner.confirm(untrusted, server_cert, sign)
+        while True:
+            untrusted, cert_now = await self._post(address, CONFIRM_PATH, answer)
+            if cert_now != server_cert:
+                raise Unauthenticated(
+                    "inviter-unproved", "cannot join: the other side changed its certificate"
+                )
+            if untrusted.get("pending") is not True:
+                return joiner.welcome(untrusted), server_cert
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _post(
+        self, address: PeerAddress, path: str, body: Mapping[str, object]
+    ) -> tuple[Mapping[str, object], bytes]:
+        """Send a message that may be sent twice, and return the answer and the certificate of that moment."""
+        for is_last in (*[False] * _TRIES, True):
+            try:
+                async with self._dialer.stranger(address) as client:
+                    answer = await client.post(path, body)
+                    return answer, client.server_cert_der
+            except Unavailable as exc:
+                if is_last or (exc.code == "peer-unreachable" and path == HELLO_PATH):
+                    raise
+            await asyncio.sleep(_AGAIN_S)
+        raise AssertionError
+
     def _remember(self, server_cert: bytes, address: PeerAddress) -> None:
         for member in self._swarm.peers():
             if member.cert_der == server_cert:
@@ -416,21 +452,6 @@ class Newcomer:
                 for member in roster.members.values()
             ],
         }
-
-
-async def _exchange(
-    joiner: Joiner, client: StrangerClient, sign: Callable[[bytes], bytes]
-) -> tuple[Welcome, bytes]:
-    untrusted = await client.post(HELLO_PATH, joiner.hello())
-    server_cert = client.server_cert_der
-    answer = joiner.confirm(untrusted, server_cert, sign)
-    while True:
-        untrusted = await client.post(CONFIRM_PATH, answer)
-        if client.server_cert_der != server_cert:
-            raise Unauthenticated("inviter-unproved", "cannot join: the other side changed its certificate")
-        if untrusted.get("pending") is not True:
-            return joiner.welcome(untrusted), server_cert
-        await asyncio.sleep(_AGAIN_S)
 
 
 def check_name(name: str) -> None:

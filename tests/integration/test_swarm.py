@@ -43,12 +43,15 @@ label = { max = "private" }
 class Member:
     """One node of a test's swarm."""
 
-    def __init__(self, base: Path, name: str, *, engine: str = "", policy: str = LAN) -> None:
+    def __init__(
+        self, base: Path, name: str, *, engine: str = "", policy: str = LAN, peers: tuple[int, ...] = ()
+    ) -> None:
         self.name = name
         self.state = base / name
         self.state.mkdir(mode=0o700, exist_ok=True)
         self.port = free_port()
         settings = f'node_name = "{name}"\nmanaged_engine = false\ndiscovery = false\n'
+        settings += f"peers = {[f'127.0.0.1:{port}' for port in peers]}\n"
         if engine:
             settings += f'[engines.scripted]\nkind = "openai"\nurl = "{engine}"\n'
         write_private(self.state / "mycoswarm.toml", settings)
@@ -218,7 +221,8 @@ def test_leaving_forgets_and_lets_one_join_again_under_another_id(pair: tuple[Me
 
 
 def test_a_second_signer_invites_and_revokes(tmp_path: Path) -> None:
-    first, second, third = (Member(tmp_path, name) for name in ("first", "second", "third"))
+    first, second = (Member(tmp_path, name) for name in ("first", "second"))
+    third = Member(tmp_path, "third", peers=(first.port,))
     with swarm_of(tmp_path, first, second):
         refused = second.node.call("POST", "/api/swarm/invites", {})
         assert refused.status == 409
