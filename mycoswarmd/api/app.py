@@ -206,6 +206,9 @@ class Api:
         response = await self._answer_peer(line, request)
         if not response.prepared:
             response.headers["Server"] = "mycoswarmd"  # which versions of what is nobody's business
+            book = self._doorman.book
+            if book is not None and line.node_id is not None and book.member_of(line.node_id) is not None:
+                response.headers[ROSTER_HEADER] = self._digest()
         return response
 
     async def _answer_peer(self, line: Line, request: BaseRequest) -> StreamResponse:
@@ -218,10 +221,7 @@ class Api:
         if caller.is_stranger:
             return await self._serve_stranger(line, caller, request)
         line.allow(None)
-        response = await _answered(self._serve_member(line, caller, request))
-        if not response.prepared:
-            response.headers[ROSTER_HEADER] = self._digest()
-        return response
+        return await _answered(self._serve_member(line, caller, request))
 
     async def _serve_member(self, line: Line, caller: Caller, request: BaseRequest) -> StreamResponse:
         found = self._router.find(request.method, request.path)

@@ -108,6 +108,8 @@ async def test_every_answer_to_a_member_names_the_roster() -> None:
                 ]:
                     answer = await connection.ask(method, path)
                     assert answer.headers["x-mycoswarm-roster"] == node.swarm.digest, (name, path)
+                malformed = await connection.ask("GET", "/swarm/word", None, {"Host": "elsewhere"})
+                assert malformed.headers["x-mycoswarm-roster"] == node.swarm.digest
         stranger = await node.ask(None, "POST", "/swarm/pull", {"have": []})
         assert "x-mycoswarm-roster" not in stranger.headers
 
