@@ -7,7 +7,7 @@ import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -229,10 +229,10 @@ async def test_an_answer_is_bounded_in_size_and_parts(monkeypatch: pytest.Monkey
         await fake.left.wait()
         assert sent < 64 << 20
 
-    async def bomb(turn: Turn) -> None:
-        await turn.answer(b"[" * (1 << 20))
+    async def deep(turn: Turn) -> None:
+        await turn.answer(b"[" * 1_000_000)
 
-    async with bert(bomb) as fake:
+    async with bert(deep) as fake:
         assert (await fails(address_of(fake))).code == "peer-failed"
 
     async def no_object(turn: Turn) -> None:
@@ -240,6 +240,21 @@ async def test_an_answer_is_bounded_in_size_and_parts(monkeypatch: pytest.Monkey
 
     async with bert(no_object) as fake:
         assert (await fails(address_of(fake))).code == "peer-failed"
+
+
+@pytest.mark.parametrize("count", [1_000, 600_000])
+async def test_an_answer_may_be_long_but_not_intricate(count: int) -> None:
+    """Half a million empty lists are 2 MB to receive and a hundred to keep."""
+
+    async def intricate(turn: Turn) -> None:
+        await turn.answer(b'{"a":[' + b"[]," * count + b"0]}")
+
+    async with bert(intricate) as fake, client(address_of(fake)) as one:
+        if count == 1_000:
+            assert len(cast("list[object]", (await one.ask("GET", "/swarm/word"))["a"])) == count + 1
+            return
+        with pytest.raises(EngineError, match="too large"):
+            await one.ask("GET", "/swarm/word")
 
 
 async def test_an_answer_is_bounded_in_time() -> None:
