@@ -1,0 +1,410 @@
+"""A swarm by mycoswarmctl alone, as people do it: real daemons on loopback, real terminals, real keys."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mycoswarmd.core.enrol import Code, format_code, parse_code
+from tests.nodes import NodeProcess, free_port, write_private
+from tests.unit.ctl.fakenode import Ran, ctl
+from tests.upstream import Upstream, upstream
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+
+POLICY = """
+schema = 1
+name = "test"
+[labels]
+order = ["public", "internal", "private", "secret"]
+default = "internal"
+[agents.scribe]
+model = "*"
+[[rule]]
+id = "owner"
+why = "the owner does what it likes here"
+effect = "allow"
+action = ["task", "admin"]
+origin = ["owner"]
+[[rule]]
+id = "swarm"
+why = "the machines of the swarm may be used"
+effect = "allow"
+action = "infer"
+zone = ["self", "lan"]
+label = { max = "private" }
+"""
+CTL = (sys.executable, "-m", "mycoswarmd.ctl.main")
+
+
+class Machine:
+    """One computer with a daemon."""
+
+    def __init__(self, base: Path, name: str, *, engine: str = "") -> None:
+        self.name, self.state, self.port = name, base / name, free_port()
+        self.state.mkdir(mode=0o700)
+        settings = f'node_name = "{name}"\nmanaged_engine = false\ndiscovery = false\n'
+        if engine:
+            settings += f'[engines.scripted]\nkind = "openai"\nurl = "{engine}"\n'
+        write_private(self.state / "mycoswarm.toml", settings)
+        write_private(self.state / "policy.toml", POLICY)
+        self.node = self.daemon(self.state)
+
+    def daemon(self, state: Path) -> NodeProcess:
+        return NodeProcess(state, arguments=("--no-listen", "--swarm-listen", self.address))
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def ctl(self, *arguments: str, stdin: str = "") -> Ran:
+        """Run the command in this process: starting Python 150 times would take most of the time."""
+        return ctl(None, "--state", str(self.node.state), *arguments, stdin=stdin)
+
+    def ok(self, *arguments: str, stdin: str = "") -> dict[str, Any]:
+        ran = self.ctl(*arguments, "--json", stdin=stdin)
+        assert ran.code == 0, (ran.out, ran.err)
+        return ran.json
+
+    def code(self, *options: str) -> str:
+        return str(self.ok("invite", *options)["code"])
+
+    def join(self, inviter: "Machine") -> None:
+        self.ok("enroll", inviter.code("--name", self.name), "--address", inviter.address)
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Return what the node says of a member; not by the command, which would take longer to start."""
+        rows: list[dict[str, Any]] = self.node.call("GET", "/api/swarm").json["nodes"]
+        return next((one for one in rows if one["name"] == name), {})
+
+
+class Laptop:
+    """One computer without."""
+
+    def __init__(self, base: Path) -> None:
+        self.data = base / "laptop"
+        self.env = {"XDG_DATA_HOME": str(self.data), "HOME": str(base), "MYCOSWARM_SOCKET": ""}
+
+    def ctl(self, *arguments: str) -> Ran:
+        return ctl(None, *arguments, env=self.env)
+
+
+class Terminal:
+    """A command at a terminal, and a person in front of it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._master, slave = pty.openpty()
+        self._process = subprocess.Popen(
+            [*CTL, *arguments], stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "COLUMNS": "200"}
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def expect(self, pattern: str, within_s: float = 20) -> re.Match[str]:
+        give_up_s = time.monotonic() + within_s
+        while (found := re.search(pattern, self.seen)) is None:
+            assert time.monotonic() < give_up_s, self.seen
+            assert self._read(give_up_s), self.seen
+        return found
+
+    def type(self, text: str) -> None:
+        os.write(self._master, f"{text}\n".encode())
+
+    def end(self) -> int:
+        give_up_s = time.monotonic() + 20
+        while self._read(give_up_s):
+            pass
+        os.close(self._master)
+        return self._process.wait(10)
+
+    def _read(self, give_up_s: float) -> bool:
+        """Read some more; False at the end."""
+        if not select.select([self._master], [], [], max(0.0, give_up_s - time.monotonic()))[0]:
+            raise AssertionError(self.seen)
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # EIO: the other side of the terminal has gone
+            return False
+        self.seen += data.decode()
+        return bool(data)
+
+
+def until(condition: Callable[[], object], within_s: float = 20) -> None:
+    give_up_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < give_up_s, "it did not come true in time"
+        time.sleep(0.05)
+
+
+@contextmanager
+def running(*machines: Machine) -> Iterator[None]:
+    with ExitStack() as stack:
+        for machine in machines:
+            machine.node.start(wait=False)
+            stack.callback(lambda one=machine: one.node.is_running() and one.node.stop())  # type: ignore[misc]
+        for machine in machines:
+            machine.node.wait_ready()
+        yield
+
+
+@contextmanager
+def swarm(*machines: Machine) -> Iterator[str]:
+    """Run a swarm that the first one began; yield its recovery key."""
+    with running(*machines):
+        founder = machines[0]
+        key = str(founder.ok("init", "--name", "home", "--yes-i-wrote-it-down")["recovery_key"])
+        for machine in machines[1:]:
+            machine.join(founder)
+        for machine in machines[1:]:
+            until(lambda one=machine: founder.row(one.name).get("state") == "ready")  # type: ignore[misc]
+            until(lambda one=machine: one.row(founder.name).get("state") == "ready")  # type: ignore[misc]
+        yield key
+
+
+@pytest.fixture
+def engine() -> Iterator[Upstream]:
+    with upstream() as book:
+        yield book
+
+
+def test_two_people_at_two_terminals_make_a_swarm(tmp_path: Path) -> None:
+    pc, pi = Machine(tmp_path, "pc"), Machine(tmp_path, "pi")
+    with running(pc, pi):
+        begin = Terminal("--state", str(pc.state), "init", "--name", "home")
+        begin.expect("written down")
+        groups = re.findall(r"\d+: ([0-9A-Z]{4})", begin.seen)
+        assert len(groups) == 13
+        begin.type("")
+        for nth in range(2):
+            found = re.findall(r"group (\d+): ", begin.expect(rf"(?s)(group \d+: .*){{{nth + 1}}}").group())
+            begin.type(groups[int(found[-1]) - 1].lower())
+        assert begin.end() == 0, begin.seen
+        assert "this node is pc" in begin.seen
+
+        invite = Terminal("--state", str(pc.state), "invite", "--confirm", "--name", "kitchen-pi")
+        code = invite.expect(r"[0-9A-Z]{5}(-[0-9A-Z]{5}){3}-[0-9A-Z]").group()
+        newcomer = Terminal("--state", str(pi.state), "enroll", "--address", pc.address)
+        newcomer.expect("code: ")
+        newcomer.type(code[:-1].replace("-", " "))
+        newcomer.expect("cannot use the code")
+        newcomer.type(code.lower().replace("-", " "))
+        words = invite.expect(r"six words: (?:\x1b\[1m)?((?:[a-z]+ ){5}[a-z]+)")
+        assert len(words[1].split()) == 6
+        assert "kitchen-pi" not in pc.ctl("nodes").out
+        invite.type("y")
+        assert newcomer.end() == 0, newcomer.seen
+        assert invite.end() == 0, invite.seen
+        assert "joined swarm home" in newcomer.seen and "pc" in newcomer.seen
+        assert "joined: kitchen-pi" in invite.seen
+
+        until(lambda: pi.row("pc").get("state") == "ready" and pc.row("kitchen-pi").get("state") == "ready")
+        table = pc.ctl("nodes").out
+        assert re.search(r"kitchen-pi +node +\S+ +127\.0\.0\.1:\d+ +\S+ ago +same +ready", table), table
+        assert pc.ctl("nodes", "ping").code == 0
+        status = pi.ctl("status").out
+        assert re.search(r"pc +(green|yellow).*its key, [0-9.]+ ms, same roster", status), status
+        assert pi.ok("status")["swarm"]["members"]
+
+
+def test_a_person_says_no(tmp_path: Path) -> None:
+    pc, pi = Machine(tmp_path, "pc"), Machine(tmp_path, "pi")
+    with running(pc, pi):
+        pc.ok("init", "--name", "home", "--yes-i-wrote-it-down")
+        invite = Terminal("--state", str(pc.state), "invite", "--confirm")
+        code = invite.expect(r"[0-9A-Z]{5}(-[0-9A-Z]{5}){3}-[0-9A-Z]").group()
+        newcomer = Terminal("--state", str(pi.state), "enroll", code, "--address", pc.address)
+        invite.expect("may it join")
+        invite.type("n")
+        assert invite.end() == 3
+        assert newcomer.end() != 0 and "cannot join" in newcomer.seen
+        assert len(pc.ok("nodes")["nodes"]) == 1
+        again = pi.ctl("enroll", code, "--address", pc.address)
+        assert again.code == 1 and "cancelled" in again.err
+
+
+def test_codes_that_do_not_work_are_one_sentence_each(tmp_path: Path) -> None:
+    pc, pi, den = (Machine(tmp_path, name) for name in ("pc", "pi", "den"))
+    with running(pc, pi, den):
+        pc.ok("init", "--name", "home", "--yes-i-wrote-it-down")
+
+        def refused(code: str, *, by: Machine = den, to: Machine = pc) -> str:
+            ran = by.ctl("enroll", code, "--address", to.address)
+            assert ran.code in {1, 2, 3, 4}, ran.out
+            first = ran.err.splitlines()[0]
+            assert first.startswith("error: cannot "), ran.err
+            assert by.node.call("GET", "/api/swarm").json["swarm"] is None
+            return first
+
+        used = pc.code()
+        pi.ok("enroll", used, "--address", pc.address)
+        assert "it was used already" in refused(used)
+        good = parse_code(pc.code())
+        other = "Z" if good.secret[0] != "Z" else "Y"
+        assert "inviter-unproved" in refused(format_code(Code(good.invite, other + good.secret[1:])))
+        assert "invite-used" in refused(used)  # and while another invitation is open
+        assert "bad-code" in refused("79D96-8QGKT-TQ75Z-9H5C1-6")
+        expired = pc.node.call("POST", "/api/swarm/invites", {"role": "node", "ttl_s": 1}).json
+        time.sleep(1.1)  # nobody can be told when a time has passed
+        assert f"{expired['invite']}  node  (its own)  expired" in pc.ctl("invite", "--list").out
+        assert "invite-expired" in refused(str(expired["code"]))
+        cancelled = pc.code()
+        assert pc.ctl("invite", "--cancel", cancelled).code == 0
+        assert "cancelled" in refused(cancelled)
+        assert "wrong-role" in refused(pc.code("--operator"))
+        nobody = Machine(tmp_path, "nobody")
+        assert "error: cannot" in refused(format_code(good), to=nobody)
+        assert len([one for one in pc.ok("nodes")["nodes"] if one["role"] == "node"]) == 2
+
+
+def test_an_operator_works_from_afar_until_it_is_put_out(tmp_path: Path, engine: Upstream) -> None:
+    pc, pi = Machine(tmp_path, "pc", engine=engine.url), Machine(tmp_path, "pi")
+    laptop = Laptop(tmp_path)
+    with swarm(pc, pi):
+        pc.node.wait_for_models()
+        code = pc.code("--operator", "--name", "anna")
+        joined = laptop.ctl("enroll", "--operator", code, "--address", pc.address)
+        assert joined.code == 0, joined.err
+        assert "you are anna" in joined.out
+        for path in [*laptop.data.rglob("*")][1:]:
+            assert stat.S_IMODE(path.stat().st_mode) in {0o600, 0o700}
+        asked = laptop.ctl("--node", "pc", "ask", "-m", "ok", "hello")
+        assert (asked.code, asked.err) == (0, ""), asked.err
+        assert engine.count("ok") == 1
+        (decision,) = [
+            row["body"]
+            for row in pc.node.call("GET", "/api/receipts?last=20").json["receipts"]
+            if row["kind"] == "decision" and row["body"].get("action") == "infer"
+        ]
+        assert "anna" in json.dumps(decision)
+
+        # By address, a node that it never spoke to; the roster came with the code.
+        until(lambda: laptop.ctl("--node", pi.address, "models").code == 0)
+        status = laptop.ctl("--node", "pi", "status")
+        assert status.code == 0 and "its key" in status.out, status.err
+        # What is for people at the machine itself is refused there, too.
+        assert laptop.ctl("--node", "pc", "revoke", "pi", "--yes").code == 2
+        assert laptop.ctl("--node", "pc", "keys", "list").code == 3
+        submitted = laptop.ctl("--node", "pc", "submit", "--agent", "scribe", "-m", "ok", "hello")
+        assert submitted.code == 0, submitted.err
+        assert submitted.out.strip() in laptop.ctl("--node", "pc", "tasks").out
+
+        pc.ok("revoke", "anna", "--yes", "--reason", "laptop lost")
+        for _ in range(2):
+            gone = laptop.ctl("--node", "pc", "status", "--json")
+            assert (gone.code, gone.json["error"]["code"]) == (3, "operator-revoked")
+
+
+def test_an_operator_believes_no_revoked_node(tmp_path: Path) -> None:
+    pc, pi = Machine(tmp_path, "pc"), Machine(tmp_path, "pi")
+    laptop = Laptop(tmp_path)
+    with swarm(pc, pi):
+        code = pc.code("--operator", "--name", "anna")
+        assert laptop.ctl("enroll", "--operator", code, "--address", pc.address).code == 0
+        until(lambda: laptop.ctl("--node", pi.address, "status").code == 0)
+        pc.ok("revoke", "pi", "--yes", "--reason", "stolen")
+        assert laptop.ctl("--node", "pc", "status").code == 0  # hears of it
+        assert laptop.ctl("--node", "pi", "status", "--json").json["error"]["code"] == "unknown-node"
+        # Once it has heard itself, it has closed its door.
+        gone = laptop.ctl("--node", pi.address, "status", "--json")
+        assert gone.json["error"]["code"] in {"peer-unproved", "node-unreachable"}
+        left = laptop.ctl("--node", "pc", "nodes")
+        assert "stolen" in left.err
+
+
+def test_signers_keys_and_leaving(tmp_path: Path) -> None:
+    pc, pi, den = (Machine(tmp_path, name) for name in ("pc", "pi", "den"))
+    with swarm(pc, pi), running(den):
+        assert pi.ctl("invite").code == 1
+        pc.ok("signers", "add", "pi")
+        until(lambda: pi.row("pi").get("signer"))
+        assert {row["name"] for row in pc.ok("signers")["signers"]} == {"pc", "pi"}
+        den.join(pi)
+        until(lambda: pi.row("den").get("state") == "ready" and pc.row("den"))
+
+        old = den.row("den")["id"]
+        changed = den.ok("rekey", "--yes")
+        assert changed["old"] == old
+        until(lambda: pi.row("den").get("id") == changed["id"] and pi.row("den")["state"] == "ready")
+        until(lambda: pc.row("den")["id"] == changed["id"])
+
+        pc.ok("signers", "remove", "pi", "--yes")
+        until(lambda: not pi.row("pi").get("signer"))
+        assert pi.ctl("invite").code == 1
+        assert pi.row("den").get("state") == "ready"  # whom it admitted stays
+
+        den.ok("leave", "--yes")
+        assert den.ctl("nodes").code == 1
+        until(lambda: not pc.row("den"))
+        assert pc.ctl("leave", "--yes").code == 1  # the only signer
+
+
+def test_the_paper_key_takes_the_swarm_back(tmp_path: Path) -> None:
+    thief, honest = Machine(tmp_path, "thief"), Machine(tmp_path, "honest")
+    with swarm(thief, honest) as key:
+        honest_id = honest.row("honest")["id"]
+        thief.ok("revoke", "honest", "--yes", "--reason", "mischief")
+        until(lambda: not honest.row("honest"))
+        wrong = honest.ctl("recover", "--without", "thief", "--restore", honest_id, "--yes", stdin=key[:-1])
+        assert wrong.code == 2 and "bad-recovery-key" in wrong.err
+        person = Terminal(
+            "--state", str(honest.state), "recover", "--without", "thief", "--restore", honest_id
+        )
+        person.expect(r"take the swarm back like this\? \[y/N\]")
+        assert re.search(r"keeps\S*  " + honest_id, person.seen) and re.search(
+            r"drops\S*  thief", person.seen
+        )
+        person.type("y")
+        person.expect("recovery key from your paper")
+        person.type(key.replace("-", " ").lower())
+        assert person.end() == 0, person.seen
+        shown = honest.ok("nodes")
+        assert [(one["name"], one["signer"]) for one in shown["nodes"]] == [("honest", True)]
+        assert shown["swarm"]["epoch"] == 1
+
+
+def test_a_backup_comes_back_and_is_no_clone(tmp_path: Path) -> None:
+    pc, pi = Machine(tmp_path, "pc"), Machine(tmp_path, "pi")
+    saved = tmp_path / "pi.tar"
+    with swarm(pc, pi):
+        pi_id = pi.row("pi")["id"]
+        made = pi.ctl("backup", str(saved))
+        assert made.code == 0, made.err
+        assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+        assert pi.ctl("backup", str(saved)).code == 1
+        assert pi.ctl("restore", str(saved), "--state", str(pi.state)).code == 1  # not into a node that runs
+        for _ in range(2):  # the others see later starts than the backup knows of
+            pi.node.stop()
+            pi.node.start()
+            until(lambda: pc.row("pi").get("state") == "ready")
+        pi.node.stop()
+
+        back, copy = tmp_path / "back", tmp_path / "copy"
+        restored = pi.ctl("restore", str(saved), "--state", str(back))
+        assert restored.code == 0, restored.err
+        assert (back / "policy.toml").read_text() == POLICY
+        shutil.copytree(back, copy)
+        pi.node = pi.daemon(back)
+        pi.node.start()
+        until(lambda: pc.row("pi").get("state") == "ready")
+        assert not (back / "restored").exists()
+        assert pi.row("pi")["id"] == pi_id
+        assert pc.row("pi")["alarm"] == ""
+
+        # The control: without the mark that `restore` leaves, it would be taken for a copy from the past.
+        pi.node.stop()
+        (copy / "restored").unlink()
+        pi.node = pi.daemon(copy)
+        pi.node.start()
+        until(lambda: pc.row("pi").get("alarm"))
