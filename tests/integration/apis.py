@@ -178,6 +178,9 @@ class Clock(SystemClock):
         now_s = super().monotonic_s() if self.stopped_at_s is None else self.stopped_at_s
         return now_s + self.ahead_s
 
+    def boot_s(self) -> float:
+        return super().boot_s() + self.ahead_s
+
 
 @dataclass(kw_only=True)
 class Running:

@@ -56,7 +56,10 @@ async def test_a_newcomer_joins_with_a_code_and_is_a_member_at_once() -> None:
         assert (await joined(node, made.json["code"], newcomer)).status == 200
         assert (await node.ask(newcomer, "GET", "/swarm/word")).status == 200
         again = await joined(node, made.json["code"], key("second"))
-        assert (again.status, again.code) == (404, "no-such-route")  # used up, and no other is open
+        assert (again.status, again.code) == (409, "invite-used")
+        node.clock.ahead_s += 61  # nobody can have lost an answer any more, and no other invitation is open
+        late = await joined(node, made.json["code"], key("second"))
+        assert (late.status, late.code) == (404, "no-such-route")
         listed = (await owner.ask("GET", "/api/swarm")).json
         assert [one["name"] for one in listed["nodes"]] == ["alpha", "newbie"]
         assert [one["state"] for one in listed["invites"]] == ["used"]
