@@ -70,7 +70,6 @@ class Fleet:
         )
         self._links: dict[str, tuple[Link, asyncio.Task[None]]] = {}
         self._group: asyncio.TaskGroup | None = None
-        self._self_id: str | None = None
         self._own: set[PeerAddress] = set()
         self._listeners: list[Callable[[], None]] = []
 
@@ -181,17 +180,14 @@ class Fleet:
         """Have links to exactly those who are members now."""
         if self._group is None:
             return
-        is_another_self = self._swarm.self_id != self._self_id
-        self._self_id = self._swarm.self_id
         members = {member.id: member for member in self._swarm.peers()}
         for node_id, (link, task) in list(self._links.items()):
-            if node_id not in members or is_another_self:
+            if node_id not in members:
                 link.cut()
                 task.cancel()
                 del self._links[node_id]
-                if node_id not in members:
-                    self._hints.forget(node_id)
-                    self._memory.forget(node_id)
+                self._hints.forget(node_id)
+                self._memory.forget(node_id)
         for node_id, member in members.items():
             if node_id in self._links:
                 self._links[node_id][0].member = member

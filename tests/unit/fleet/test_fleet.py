@@ -90,6 +90,16 @@ async def test_a_statement_made_there_comes_by_itself(home: Home) -> None:
     await b.until(lambda: b.swarm.digest == a.swarm.digest, within_s=3.0)
 
 
+async def test_a_statement_that_nobody_spread_is_told_to_whoever_we_dialled(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)  # b dials nobody
+    tell(a, b)
+    await ready(a, b)
+    a.swarm.spread = None
+    await a.admit_only((await home.node("cellar")).identities.create(), "cellar")
+    await b.until(lambda: b.swarm.digest == a.swarm.digest, within_s=3.0)
+
+
 async def test_who_is_put_out_is_cut_in_the_same_step(home: Home) -> None:
     a, b = await home.pair()
     await home.link(a, b)
@@ -248,7 +258,7 @@ async def test_two_with_one_key_raise_an_alarm_that_stays(home: Home) -> None:
     async with asyncio.timeout(5):
         while not await kept():
             await asyncio.sleep(0.05)
-    b.behaviour.word = lambda word: word
+    b.behaviour.word = lambda word: replace(word, boot=word.boot + 5)
     b.say_again()
     await a.until(lambda: a.fleet.words()[b.id].instance == b.swarm.instance)
     assert a.state_of(b).alarm.startswith("cloned")
