@@ -6,13 +6,16 @@ every set. Where it differs, the page or the code is wrong.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 
 from mycoswarmd.core.roster import Kind, Statement, StatementSet
 from mycoswarmd.errors import BadRequest
-from tests.property.test_roster_laws import ANY, GENESIS
+from tests.property.test_roster_laws import ANY, GENESIS, M
+from tests.rosters import Maker, key
 
 Ids = set[str]
 
@@ -158,9 +161,8 @@ class Reading:
         return chain
 
 
-@settings(max_examples=400, deadline=None)
-@given(ANY)
-def test_the_page_and_the_code_read_every_set_alike(statements: list[Statement]) -> None:
+def compare(statements: list[Statement]) -> None:
+    """Read a set both ways and see that they agree."""
     given_ones = list({one.sha256: one for one in statements}.values())
     reading = Reading(GENESIS, given_ones)
     whole = StatementSet(GENESIS)
@@ -184,3 +186,61 @@ def test_the_page_and_the_code_read_every_set_alike(statements: list[Statement])
     assert set(roster.revoked) == view["out"]
     members = {one.id: (one.given_name, one.role.value, one.is_signer) for one in roster.members.values()}
     assert members == view["members"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY)
+def test_the_page_and_the_code_read_every_set_alike(statements: list[Statement]) -> None:
+    compare(statements)
+
+
+def test_a_key_with_three_followers_is_read_alike() -> None:
+    old, news = key("old"), [key("new", n) for n in range(3)]
+    compare([M.admit(old), *(M.rekey(old, new) for new in news)])
+    compare([M.admit(old), *(M.rekey(old, new) for new in news), *(M.leave(new) for new in news)])
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 18])
+def test_a_long_chain_of_keys_is_read_alike(length: int) -> None:
+    nodes = [key("chain", n) for n in range(length + 1)]
+    rekeys = [M.rekey(old, new) for old, new in pairwise(nodes)]
+    compare([M.admit(nodes[0]), *rekeys])
+    compare([M.admit(nodes[0]), *rekeys[:16], M.leave(nodes[min(length, 16)])])
+
+
+def test_a_signer_that_two_removed_is_read_alike() -> None:
+    signer, nodes = key("another signer"), [key("given", n) for n in range(3)]
+    admits = [M.admit(one, by=signer) for one in nodes]
+    added = M.add_signer(signer)
+    for keeps in ([[0, 1], [1, 2]], [[0], [1]], [[0, 1, 2], []]):
+        drops = [M.drop_signer(signer, [admits[n] for n in keep]) for keep in keeps]
+        compare([added, *admits, *drops])
+
+
+def test_two_epochs_of_one_number_are_read_alike() -> None:
+    nodes, signers = [key("kept", n) for n in range(3)], [key("root", n) for n in range(3)]
+    admits = [M.admit(one) for one in nodes]
+    one = M.new_epoch(1, {signers[0]: nodes[0], signers[1]: nodes[1]}, admits[:2])
+    other = M.new_epoch(1, {signers[1]: nodes[2], signers[2]: nodes[1]}, admits[1:])
+    late = Maker(epoch=1)
+    compare([*admits, one, other])
+    compare([*admits, one, other, *(late.revoke(nodes[1], by=signer) for signer in signers)])
+    compare([*admits, one, other, *(late.admit(key("late", n), by=signers[n]) for n in range(3))])
+
+
+def test_signers_that_a_removed_signer_named_are_read_alike() -> None:
+    first, second, node = key("first of two"), key("second of two"), key("their node")
+    added, more = M.add_signer(first), M.add_signer(second, by=first)
+    for keep in ([], [more]):
+        compare([added, more, M.admit(node, by=second), M.drop_signer(first, keep)])
+
+
+def test_a_key_that_two_nodes_are_said_to_hold_is_read_alike() -> None:
+    nodes, roots, claimed = (
+        [key("holder", n) for n in range(3)],
+        [key("root", n) for n in range(3)],
+        key("key"),
+    )
+    epoch = M.new_epoch(1, dict(zip(roots, nodes, strict=True)))
+    late = Maker(epoch=1)
+    compare([epoch, *(late.add_signer(claimed, nodes[n], by=roots[n]) for n in range(3))])
