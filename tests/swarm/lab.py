@@ -502,16 +502,14 @@ class Lab(Network):
         return nodes
 
     def wait_agreed(self, nodes: Sequence[LabNode], *, within_s: float = 15) -> None:
-        """Wait until all have one roster and see one another."""
+        """Wait until these have one roster and see one another."""
 
         def agreed() -> bool:
             states = [node.swarm() for node in nodes]
             digests = {state["swarm"] and state["swarm"]["digest"] for state in states}
-            all_see = all(
-                row["self"] or row["state"] == "ready"
-                for state in states for row in state["nodes"] if row["role"] == "node"
-            )  # fmt: skip
-            return len(digests) == 1 and all_see
+            here = {state["self"] and state["self"]["id"] for state in states}
+            ready = [{row["id"] for row in state["nodes"] if row["state"] == "ready"} for state in states]
+            return len(digests) == 1 and all(here <= each for each in ready)
 
         wait_until(agreed, within_s=within_s, every_s=0.1, why=lambda: self.story(nodes))
 

@@ -116,10 +116,7 @@ def test_two_signers_who_put_each_other_out_are_both_out_until_the_paper_key_spe
         assert [row["name"] for row in node.swarm()["nodes"] if row["signer"]] == []
         assert names(node) == {"n1", "n2", "n3"}
     for node in (one, two):
-        refusal = node.call(
-            "POST", "/api/swarm/invites", {"role": "node", "name": "", "ttl_s": 60, "confirm": False}
-        )
-        assert refusal.status == 409 and "recover" in str(refusal.json), refusal.body
+        assert node.call("POST", "/api/swarm/invites", {}).status == 409
     wrong = Key()
     with pytest.raises(AssertionError, match="recovery"):
         recover(lab, three, wrong)
