@@ -155,19 +155,16 @@ async def test_a_connection_that_is_cut_before_an_answer_is_no_answer() -> None:
 
 
 async def test_a_kept_connection_that_was_closed_is_made_anew() -> None:
-    answered = 0
-
     async def once(turn: Turn) -> None:
-        nonlocal answered
-        answered += 1
-        await echo(turn)
-        if answered == 1:
-            turn.writer.transport.close()
+        if len(turn.server.turns) == 2:
+            turn.cut()  # just as the second request comes
+        else:
+            await echo(turn)
 
     async with bert(once) as fake, client(address_of(fake)) as one:
         await one.ask("GET", "/swarm/word")
-        await one.ask("POST", "/swarm/sync", {"n": 2})
-        assert answered == 2
+        assert (await one.ask("POST", "/swarm/sync", {"n": 2}))["got"] == {"n": 2}
+        assert (fake.connections, len(fake.turns)) == (2, 3)
 
 
 async def test_the_answer_of_the_other_side_becomes_our_error() -> None:
