@@ -8,6 +8,7 @@ engine to stop.
 
 import asyncio
 import io
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def as_payload(body: bytes | None) -> bytes | io.BytesIO | None:
     return io.BytesIO(body) if body is not None and len(body) > _PLAIN_BODY_BYTES else body
 
 
-class Exchange:
+class Exchange(ABC):
     """Prompts to one server in the OpenAI dialect; a subclass says how a request gets there.
 
     Attributes:
@@ -92,9 +93,9 @@ class Exchange:
         self._engine = engine
         self._patience = patience or Patience()
 
+    @abstractmethod
     async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
         """Send a request and return what its answer begins with; all that fails is one of our errors."""
-        raise NotImplementedError
 
     def _leave(self, response: aiohttp.ClientResponse) -> None:
         """Be done with an answer, read to its end or not."""

@@ -10,7 +10,7 @@ from mycoswarmd.engines.openai_http import OpenAIEngine
 from mycoswarmd.engines.upstream import Patience
 from mycoswarmd.flow.ports import Engine
 from mycoswarmd.wire.openai import parse_chat
-from mycoswarmd.wire.prompt import Delta, Prompt
+from mycoswarmd.wire.prompt import Delta, Prompt, Via
 from tests.permits import permit_for
 
 # Short enough to wait for in a test, long enough for a slow machine.
@@ -43,4 +43,4 @@ def chat(model: str = "small", **more: Any) -> Prompt:
 
 async def deltas_of(engine: Engine, prompt: Prompt) -> list[Delta]:
     async with aclosing(engine.stream(permit_for(prompt.model), prompt)) as stream:
-        return [delta async for delta in stream]
+        return [delta async for delta in stream if not isinstance(delta, Via)]
