@@ -199,7 +199,7 @@ class Walk:
         await node.make_signer("sina")
         rosa = await node.admit("rosa")
         await node.admit("pia", role="operator")
-        await node.desk.invitations.open(role="node", name="", ttl_s=600, needs_confirm=False)
+        await node.desk.invitations.open(role="node", name="", ttl_s=86_400, needs_confirm=False)
         self.task_id = await _task_of_root(node)
         owner = await stack.enter_async_context(local_user(node, uid=0))
         other = await stack.enter_async_context(local_user(node, uid=65534))
