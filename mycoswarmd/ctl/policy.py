@@ -189,8 +189,10 @@ def _source(session: Session, file: Path | None) -> tuple[Path, str | None]:
 
 def _explanation(session: Session, answer: Doc) -> None:
     if "candidates" in answer:
-        _candidates(session, answer["candidates"] or [])
-        print("\nIn zone self, for comparison:")
+        rows = answer["candidates"] or []
+        _candidates(session, rows)
+        is_anywhere = any(row.get("decision") != "absent" for row in rows)
+        print("\nFor the first of them:" if is_anywhere else "\nIn zone self, for comparison:")
     decision = str(answer.get("decision", ""))
     colour = {"allow": "green", "ask": "yellow"}.get(decision, "red")
     where = f" ({line(answer['where'])})" if answer.get("where") else ""
@@ -207,6 +209,6 @@ def _candidates(session: Session, rows: list[Doc]) -> None:
     if not rows:
         print("No engine offers this model: a prompt for it is refused as unknown, whatever the rules say.")
         return
-    keys = ("node", "engine", "model", "zone", "decision", "rule")
+    keys = ("node", "engine", "model", "zone", "decision", "rule", "why")
     cells = [[row.get(key) for key in keys] for row in rows]
     session.table([key.upper() for key in keys], cells, empty="")

@@ -105,6 +105,8 @@ class Neighbour:
     tcp_port: int
     http: PeerHttp
     stack: AsyncExitStack
+    approvals: SqliteApprovalStore
+    desk: ApprovalDesk
     policy: Policy | None
     states: dict[str, PeerState] = field(default_factory=dict)
     clients: dict[str, MemberClient] = field(default_factory=dict)
@@ -238,6 +240,8 @@ async def neighbour(
             http=http,
             stack=stack,
             clients=clients,
+            approvals=approvals,
+            desk=desk,
             policy=policy_of(policy),
         )
         made.append(one)

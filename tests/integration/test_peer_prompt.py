@@ -518,6 +518,34 @@ async def test_a_permit_for_one_node_does_not_cover_another(stack: AsyncExitStac
     assert carl.book.count("ok") == 1
 
 
+async def test_a_yes_is_for_the_node_that_was_asked_about(stack: AsyncExitStack) -> None:
+    asks = HOME.replace('effect = "allow"', 'effect = "ask"')
+    anna, bert, carl = await three(stack, anna=asks)
+
+    async def say_yes() -> None:
+        while not (rows := await anna.approvals.pending()):
+            await asyncio.sleep(0.01)
+        (row,) = rows
+        assert (row.facts["zone"], row.facts["node"]) == ("lan", "bert")
+        await anna.desk.decide(row.id, approve=True, by=OWNER.principal)
+
+    async with dead_port() as nobody:
+        for where, code in ((bert.address, ""), (nobody, "peer-unreachable")):
+            anna.where[bert.key.id] = [where]
+            async with asyncio.TaskGroup() as group:
+                group.create_task(say_yes())
+                routed = await anna.prompts.route(OWNER, chat())
+            assert (routed.node, routed.engine) == ("bert", "peer:bert")
+            if not code:
+                await routed.complete()
+                continue
+            with pytest.raises(Unavailable) as caught:
+                await routed.complete()
+            assert caught.value.code == code
+    assert bert.book.count("ok") == 1
+    assert carl.book.bodies == []  # nobody was asked about carl
+
+
 # --- placement and explanations ------------------------------------------------------------------
 
 
