@@ -37,9 +37,11 @@ async def show(call: Call) -> StreamResponse:
     desk = desk_of(call)
     roster, self_id = desk.swarm.roster, desk.swarm.self_id
     if roster is None:
+        # A newcomer that waits for a person's yes shows its id there and here: they must be the same.
+        waiting = None if self_id is None else {"id": self_id, "name": None, "signer": False}
         body: dict[str, object] = {
             "swarm": None,
-            "self": None,
+            "self": waiting,
             "roster_age_s": None,
             "nodes": [],
             "revoked": [],

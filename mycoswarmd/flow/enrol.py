@@ -370,6 +370,7 @@ class Newcomer:
             )
         keys = await asyncio.to_thread(derive, code)
         identity = await asyncio.to_thread(self._identities.create)
+        self._swarm.identity = identity  # shown while a person at the other machine compares its words
         problem: MycoswarmError | None = None
         for address in addresses:
             joiner = Joiner(

@@ -202,6 +202,7 @@ def test_two_people_at_two_terminals_make_a_swarm(tmp_path: Path) -> None:
         newcomer.type(code.lower().replace("-", " "))
         words = invite.expect(r"six words: (?:\x1b\[1m)?((?:[a-z]+ ){5}[a-z]+)")
         assert len(words[1].split()) == 6
+        newcomer.expect(f"six words of this node: {words[1]}")
         assert "kitchen-pi" not in pc.ctl("nodes").out
         invite.type("y")
         assert newcomer.end() == 0, newcomer.seen
