@@ -73,8 +73,8 @@ def settle(genesis: Statement, statements: Iterable[Statement]) -> Settled:
         for one in current[kind]:
             is_vouched = one.facts["by"] in ever or settled.footing.keeps(one)
             (settled.by_kind[kind] if is_vouched else settled.refused).append(one)
-    told = {one.facts["node"] for one in given[Kind.ADMIT]}
-    _settle_members(settled, current[Kind.REKEY], current[Kind.LEAVE], told)
+    _settle_members(settled, current[Kind.REKEY], current[Kind.LEAVE])
+    _refuse_strangers(settled, given)
     return settled
 
 
@@ -126,34 +126,35 @@ def _signers_ever(settled: Settled, additions: Sequence[Statement]) -> set[str]:
     return ever
 
 
-def _settle_members(
-    settled: Settled, rekeys: Sequence[Statement], leaves: Sequence[Statement], told: set[str]
-) -> None:
-    """Take what members say of their own keys, a bounded number of statements for each admission.
-
-    Args:
-        settled: has its admissions already.
-        rekeys: of this epoch or kept by it.
-        leaves: of this epoch.
-        told: every id that any statement admits, also an overtaken one.
-    """
+def _settle_members(settled: Settled, rekeys: Sequence[Statement], leaves: Sequence[Statement]) -> None:
+    """Take what members say of their own keys, a bounded number of statements for each admission."""
     by_old = defaultdict(list)
     for one in rekeys:
         by_old[one.facts["old"]].append(one)
     depths = dict.fromkeys((one.facts["node"] for one in settled.by_kind[Kind.ADMIT]), 0)
     for node in (reached := list(depths)):  # breadth first: `reached` grows while it is walked
-        branches = by_old[node][:_FORK] if depths[node] < MAX_REKEYS else []
+        branches = by_old[node][:_FORK]
+        if depths[node] == MAX_REKEYS:
+            settled.refused += branches
+            continue
         settled.by_kind[Kind.REKEY] += branches
         if len(branches) == 1 and (new := branches[0].facts["node"]) not in depths:
             depths[new] = depths[node] + 1
             reached.append(new)
     settled.by_kind[Kind.LEAVE] += [one for one in leaves if one.facts["node"] in depths]
-    # What stands below a fork, or below an admission that is overtaken, is overtaken. What stands nowhere,
-    # or below too long a chain, is refused.
-    known = {node for node in depths if depths[node] < MAX_REKEYS} | (told - depths.keys())
-    for node in (reached := sorted(known)):
-        news = {one.facts["node"] for one in by_old[node]} - known - depths.keys()
-        known |= news
-        reached += sorted(news)
-    settled.refused += [one for one in rekeys if one.facts["old"] not in known]
-    settled.refused += [one for one in leaves if one.facts["node"] not in known | depths.keys()]
+
+
+def _refuse_strangers(settled: Settled, given: Mapping[Kind, Sequence[Statement]]) -> None:
+    """Refuse what is said of keys that nobody ever admitted; below a fork, say, it is overtaken instead."""
+    by_old = defaultdict(list)
+    for one in given[Kind.REKEY]:
+        by_old[one.facts["old"]].append(one.facts["node"])
+    known = {one.facts["node"] for one in given[Kind.ADMIT]}
+    for node in (reached := list(known)):
+        news = [new for new in by_old[node] if new not in known]
+        known.update(news)
+        reached += news
+    for one in (*given[Kind.REKEY], *given[Kind.LEAVE]):
+        whose = one.facts["old" if one.kind is Kind.REKEY else "node"]
+        if one.epoch == settled.footing.epoch and whose not in known:
+            settled.refused.append(one)

@@ -77,8 +77,10 @@ class StatementSet:
         if not new:
             return ()
         settled = settle(self._genesis, [*self._by_hash.values(), *new.values()])
-        if settled.refused:
-            raise self._refusal(settled.refused[0])
+        # What is held already never stands in the way: a new epoch may leave it without a voucher.
+        for one in settled.refused:
+            if one.sha256 in new:
+                raise self._refusal(one)
         by_hash = {one.sha256: one for one in settled.ordered()}
         if len(by_hash) > MAX_STATEMENTS:
             raise Unavailable(

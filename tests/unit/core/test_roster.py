@@ -421,6 +421,18 @@ def test_an_epoch_works_where_the_statements_that_it_keeps_come_later() -> None:
     assert live(whole) == {A.id}
 
 
+def test_nothing_that_is_held_stands_in_the_way_of_an_epoch() -> None:
+    """It keeps a rekey, and neither the admission nor the other rekey that led to it."""
+    rekeys = [M.rekey(A, B), M.rekey(B, C)]
+    whole = M.set(ADMIT_A, *rekeys)
+    epoch = M.new_epoch(1, {S2: D}, [rekeys[1]])
+    assert whole.add([epoch]) == (epoch,)
+    assert (live(whole), whole.roster.epoch) == (set(), 1)
+    assert whole.add([ADMIT_A, *rekeys]) == ()
+    assert whole.add([rekeys[1]]) == ()
+    assert whole.roster.hashes == M.set(epoch).roster.hashes
+
+
 def test_a_stolen_signer_ends_with_the_epoch() -> None:
     whole = M.set(ADMIT_A, ADMIT_B)
     whole.add([M.new_epoch(1, {S2: A}, [ADMIT_A, ADMIT_B])])
