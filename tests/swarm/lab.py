@@ -272,12 +272,23 @@ class Network:
     @contextlib.contextmanager
     def capture(self, host: Host | None = None, *, outgoing_only: bool = False) -> Iterator["Capture"]:
         """Record the packets on one machine's cable, or on all; `outgoing_only` is what the machine sends."""
+        ports = {host.switch_port} if host else {each.switch_port for each in self.hosts.values()}
+        with self._capture(self._switch, ports, outgoing_only=outgoing_only or host is None) as taken:
+            yield taken
+
+    @contextlib.contextmanager
+    def capture_loopback(self, host: Host) -> Iterator["Capture"]:
+        """Record what a machine says to itself."""
+        with self._capture(host, {"lo"}, outgoing_only=True) as taken:
+            yield taken
+
+    @contextlib.contextmanager
+    def _capture(self, where: Host, ports: set[str], *, outgoing_only: bool) -> Iterator["Capture"]:
         taken = Capture(self.directory / f"capture{time.monotonic_ns()}.pcap")
-        with self._switch.inside():
+        with where.inside():
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
         with sock:
             sock.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
-            ports = {host.switch_port} if host else {each.switch_port for each in self.hosts.values()}
             stop = threading.Event()
             thread = threading.Thread(target=taken.record, args=(sock, ports, outgoing_only, stop))
             thread.start()
@@ -422,11 +433,16 @@ class LabNode(NodeProcess):
         return joined
 
     def ask(
-        self, prompt: str, *, model: str = "ok", headers: Mapping[str, str] | None = None, **more: object
+        self,
+        prompt: str,
+        *,
+        model: str = "ok",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 30,
     ) -> Answer:
         """Send a prompt as a local program does."""
-        body = {"model": model, "messages": [{"role": "user", "content": prompt}], **more}
-        return self.call("POST", "/v1/chat/completions", body, headers)
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+        return self.call("POST", "/v1/chat/completions", body, headers, timeout_s)
 
 
 class Lab(Network):

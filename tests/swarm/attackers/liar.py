@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from tests.swarm.attackers.kit import Key
-from tests.swarm.attackers.middle import _Server
+from tests.swarm.attackers.middle import serving
 from tests.swarm.attackers.talk import server_context
 from tests.swarm.lab import PORT, Host
 
@@ -64,7 +64,7 @@ def liar(
         except (OSError, ssl.SSLError, ValueError) as error:
             takings.errors.append(repr(error))
 
-    with _Server(host, handle, port):
+    with serving(host, handle, port):
         yield takings
 
 

@@ -31,7 +31,7 @@ class Notebook:
     errors: list[str] = field(default_factory=list)
 
 
-class _Server:
+class serving:  # noqa: N801 - reads as a context
     """Accepts on a machine, a thread for each connection, until it is closed."""
 
     def __init__(self, host: Host, handle: Callable[[socket.socket], None], port: int) -> None:
@@ -105,7 +105,7 @@ def impostor(
         except (OSError, ssl.SSLError) as error:
             book.errors.append(repr(error))
 
-    with _Server(host, handle, port):
+    with serving(host, handle, port):
         yield book
 
 
@@ -159,7 +159,7 @@ def tamperer(
             _pass_records("down", meant, sock, alter, book)
             thread.join()
 
-    with _Server(host, handle, port):
+    with serving(host, handle, port):
         yield book
 
 
@@ -203,5 +203,5 @@ def listener(host: Host, *, port: int = PORT, hello: bytes = b"") -> Iterator[No
             while data := sock.recv(65_536):
                 book.up += data
 
-    with _Server(host, handle, port):
+    with serving(host, handle, port):
         yield book

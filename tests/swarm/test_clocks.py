@@ -1,0 +1,189 @@
+"""Clocks that are wrong by decades, clocks that jump, and a machine that was off for a year. M8.
+
+libfaketime changes what the wall clock says to one daemon. The monotonic clock is left alone on purpose: no
+machine's runs backwards, and the node measures all its own times with it.
+"""
+
+import contextlib
+import re
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.swarm.attackers.enrol import Newcomer
+from tests.swarm.attackers.talk import as_member
+from tests.swarm.lab import POLICY, Host, Lab, LabNode, need, wait_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-clocks")]
+THEN, LATER = "1970-01-01 00:05:00", "2106-03-01 12:00:00"
+FRESH_ONLY = (
+    POLICY
+    + """
+[[rule]]
+id = "fresh-only"
+why = "who does not know of the last day's revocations answers nobody"
+effect = "forbid"
+action = "infer"
+from = ["peer"]
+roster_age = { min = "24h" }
+"""
+)
+
+
+def clock(path: Path, says: str) -> tuple[str, ...]:
+    """Return what makes a daemon's wall clock follow a file, which says when it is now."""
+    need("faketime")
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    set_clock(path, says)
+    return (
+        "env", f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={path}", "FAKETIME_CACHE_DURATION=1",
+        "FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", "FAKETIME_DONT_RESET=1", "TZ=UTC",
+    )  # fmt: skip
+
+
+def set_clock(path: Path, says: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(f"@{says}\n")
+    new.replace(path)
+
+
+def year_of(node: LabNode) -> str:
+    """Return the year that a node believes it is, from its log."""
+    return str(re.findall(r"^(\d{4})-", node.log(), re.MULTILINE)[-1])
+
+
+def test_enrolling_prompting_and_revoking_with_clocks_136_years_apart(lab: Lab) -> None:
+    files = [lab.directory / "clock1", lab.directory / "clock2"]
+    one = lab.node("n1", wrap=clock(files[0], THEN))
+    two = lab.node("n2", engine=True, wrap=clock(files[1], LATER))
+    three = lab.node("n3")
+    assert (year_of(one), year_of(two)) == ("1970", "2106")
+    lab.found(one)
+    lab.admit(one, two)
+    lab.admit(one, three)
+    lab.wait_agreed([one, two, three])
+    assert one.ask("what year is it?").status == 200
+    assert one.swarm()["roster_age_s"] < 60 and two.swarm()["roster_age_s"] < 60
+    one.ok("POST", "/api/swarm/revoke", {"node": three.id, "reason": "test"})
+    wait_until(lambda: not two.row(three.id), within_s=10)
+    for node in (one, two):
+        node.restart()
+    lab.wait_agreed([one, two])
+    assert one.ask("and now?").status == 200
+
+
+def test_clocks_that_jump_in_the_middle_of_everything(lab: Lab) -> None:
+    files = [lab.directory / "clock1", lab.directory / "clock2"]
+    one = lab.node("n1", wrap=clock(files[0], "2026-06-01 10:00:00"))
+    two = lab.node("n2", engine=True, wrap=clock(files[1], "2026-06-01 10:00:00"))
+    lab.found(one)
+    code = one.invite(ttl_s=600)
+    for path in files:  # the invitation does not end, whatever the clocks say
+        set_clock(path, LATER)
+    time.sleep(1.2)  # libfaketime looks at its file once a second
+    two.enroll(code, one.host.ip)
+    lab.wait_agreed([one, two])
+    lost: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            if not one.sees(two):
+                lost.append(time.monotonic())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        for says in (THEN, LATER, "2026-06-01 10:00:00", "2038-01-19 03:14:08"):
+            for path in files:
+                set_clock(path, says)
+            time.sleep(1.2)
+            assert one.ask(f"is it {says}?").status == 200
+    finally:
+        stop.set()
+        thread.join()
+    assert not lost
+    assert one.swarm()["roster_age_s"] < 60
+
+
+@contextlib.contextmanager
+def while_off(lab: Lab, *, policy: str = POLICY) -> Iterator[tuple[LabNode, LabNode, Newcomer, Host]]:
+    """Switch a machine off, and put somebody out while it is; yields (signer, it, thief, thief's machine)."""
+    signer = lab.node("n1")
+    pi = lab.node("pi", engine=True, policy=policy)
+    lab.found(signer)
+    lab.admit(signer, pi)
+    mallory = lab.host("mallory")
+    thief = Newcomer.with_code(signer.invite(), name="thief")
+    assert thief.run(mallory, signer.host.ip).status == 200
+    wait_until(lambda: pi.row("thief"), within_s=10)
+    pi.kill()
+    signer.ok("POST", "/api/swarm/revoke", {"node": thief.key.node_id, "reason": "stolen"})
+    path = lab.directory / "clock"
+    pi.wrap = clock(path, "2029-01-01 00:00:00")
+    yield signer, pi, thief, mallory
+
+
+def is_served(thief: Newcomer, pi: LabNode, mallory: Host) -> bool:
+    """Let the thief ask for an answer."""
+    body = {"model": "ok", "messages": [{"role": "user", "content": "hello"}]}
+    try:
+        with as_member(mallory, pi, thief.key) as talk:
+            return talk.call("POST", "/v1/chat/completions", body).status == 200
+    except (OSError, ssl.SSLError):
+        return False
+
+
+def test_a_machine_that_was_off_hears_of_revocations_from_the_first_it_meets(lab: Lab) -> None:
+    with while_off(lab) as (signer, pi, thief, mallory):
+        served_after_it_knew: list[float] = []
+        stop = threading.Event()
+
+        def hammer() -> None:
+            while not stop.is_set():
+                knows = signer.digest == pi.digest if pi.is_answering() else False
+                if is_served(thief, pi, mallory) and knows:
+                    served_after_it_knew.append(time.monotonic())
+
+        thread = threading.Thread(target=hammer)
+        thread.start()
+        try:
+            pi.start()
+            wait_until(lambda: pi.digest == signer.digest, within_s=10)
+            time.sleep(1)
+        finally:
+            stop.set()
+            thread.join()
+        assert not served_after_it_knew
+        assert not is_served(thief, pi, mallory)
+        wait_until(lambda: pi.swarm()["roster_age_s"] is not None, within_s=10)
+        assert pi.swarm()["roster_age_s"] < 60 and signer.ask("back?").status == 200
+
+
+def test_a_machine_that_was_off_knows_that_it_does_not_know(lab: Lab) -> None:
+    with while_off(lab) as (signer, pi, thief, mallory):
+        lab.partition([signer.host], [pi.host, mallory])
+        pi.start()
+        wait_until(lambda: "listening for the swarm" in pi.log().rpartition("2029")[0], within_s=10)
+        assert pi.swarm()["roster_age_s"] is None
+        # What the threat model says is not beaten: cut off since before the revocation.
+        assert is_served(thief, pi, mallory)
+        lab.heal()
+        wait_until(lambda: pi.digest == signer.digest, within_s=20)
+        assert not is_served(thief, pi, mallory)
+        assert pi.swarm()["roster_age_s"] is not None
+
+
+def test_a_policy_can_demand_freshness_of_a_machine_that_was_off(lab: Lab) -> None:
+    with while_off(lab, policy=FRESH_ONLY) as (signer, pi, thief, mallory):
+        lab.partition([signer.host], [pi.host, mallory])
+        pi.start()
+        wait_until(lambda: "listening for the swarm" in pi.log().rpartition("2029")[0], within_s=10)
+        assert not is_served(thief, pi, mallory)
+        lab.heal()
+        wait_until(lambda: pi.swarm()["roster_age_s"] is not None and signer.sees(pi), within_s=20)
+        assert signer.ask("fresh?").status == 200
