@@ -23,6 +23,8 @@ HEAVY = {
     "http.client",
     "ssl",
     "tomllib",
+    "tarfile",
+    "mycoswarmd.core.roster",
 }
 BUDGET_S = 0.2
 
@@ -45,7 +47,17 @@ def heavy(names: set[str], of: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("run", "--help"), ("policy", "--help"), ("ask", "--help")]
+    "arguments",
+    [
+        ("--help",),
+        ("run", "--help"),
+        ("policy", "--help"),
+        ("ask", "--help"),
+        ("init", "--help"),
+        ("enroll", "--help"),
+        ("nodes", "--help"),
+        ("restore", "--help"),
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     ran = start(*arguments, flags=("-X", "importtime"))
@@ -63,6 +75,13 @@ def test_a_command_loads_no_server_and_no_rich(node: FakeNode) -> None:
     ran = start("--socket", str(node.path), "models", flags=("-X", "importtime"))
     assert ran.returncode == 0, ran.stderr
     assert heavy(loaded(ran), {"aiohttp", "zeroconf", "cryptography"}) == set()
+
+
+def test_a_command_about_the_swarm_here_loads_no_keys(node: FakeNode) -> None:
+    node.on("GET", "/api/swarm", answer({"swarm": {"name": "home"}, "nodes": []}))
+    ran = start("--socket", str(node.path), "nodes", flags=("-X", "importtime"))
+    assert ran.returncode == 0, ran.stderr
+    assert heavy(loaded(ran), {"cryptography", "mycoswarmd.core.roster", "mycoswarmd.trust"}) == set()
 
 
 def test_help_is_there_within_its_budget() -> None:
