@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from mycoswarmd.errors import MycoswarmError, NotFound, Unavailable
+from mycoswarmd.fleet.doubles import Doubles
 from mycoswarmd.fleet.hints import Hints, read_addresses
 from mycoswarmd.fleet.knock import Knocker
 from mycoswarmd.fleet.link import Around, Link
-from mycoswarmd.fleet.memory import Memory
+from mycoswarmd.fleet.memory import CLONED, Memory
 from mycoswarmd.flow.ports import Clock, Entropy
 from mycoswarmd.flow.swarm import Swarm
 from mycoswarmd.flow.swarmports import Hint, PeerAddress, PeerClient, PeerDialer, PeerState, RosterStore
@@ -56,6 +57,13 @@ class Fleet:
             own_port=own_port,
             met=self._on_met,
         )
+        self._doubles = Doubles(
+            dialer,
+            clock=clock,
+            link_of=self._link,
+            is_same=lambda link, address: self._hints.prove(link.member.id, address),
+            is_another=self._on_double,
+        )
         self._around = Around(
             swarm=swarm,
             dialer=dialer,
@@ -85,7 +93,7 @@ class Fleet:
 
     def client(self, node_id: str) -> PeerClient | None:
         """Return a client of a member that is ready, or None."""
-        link = self._links[node_id][0] if node_id in self._links else None
+        link = self._link(node_id)
         return link.client if link is not None and link.is_ready else None
 
     def reached(self) -> Mapping[str, list[str]]:
@@ -116,6 +124,7 @@ class Fleet:
                 self._group = group
                 self._on_roster()
                 group.create_task(self._knocker.run(), name="fleet:knock")
+                group.create_task(self._doubles.run(), name="fleet:doubles")
                 group.create_task(self._memory.run(), name="fleet:memory")
                 group.create_task(self._tick(), name="fleet:tick")
         finally:
@@ -134,8 +143,12 @@ class Fleet:
         is_news = self._hints.add(hint.node_id, hint.address, digest=hint.digest)
         if hint.node_id not in self._links:
             self._knocker.want(hint.node_id)
-        elif is_news:
-            self._links[hint.node_id][0].wake()
+            return
+        link, _ = self._links[hint.node_id]
+        if is_news:
+            link.wake()
+        if link.is_ready and hint.address not in self._hints.proved(hint.node_id):
+            self._doubles.want(hint.node_id, hint.address)
 
     def poke(self) -> None:
         """Exchange rosters with everybody whose roster differs, and dial those who are away."""
@@ -176,6 +189,9 @@ class Fleet:
     def _is_member(self, node_id: str) -> bool:
         return self._swarm.member(node_id) is not None
 
+    def _link(self, node_id: str) -> Link | None:
+        return self._links[node_id][0] if node_id in self._links else None
+
     def _on_roster(self) -> None:
         """Have links to exactly those who are members now."""
         if self._group is None:
@@ -203,6 +219,12 @@ class Fleet:
         link.alarm = self._memory.note(
             node_id, boot=word.boot, instance=word.instance, addresses=self._hints.proved(node_id)
         )
+
+    def _on_double(self, link: Link, address: PeerAddress) -> None:
+        said = f"{CLONED}: two machines have its key, one of them at {address}"
+        link.alarm = self._memory.raise_alarm(link.member.id, said)
+        log.error("node %s (%s) is %s", link.member.name, link.member.id, link.alarm)
+        self._tell()
 
     def _on_failed(self, link: Link, failure: MycoswarmError) -> None:
         """Knock where a member does not let us in: one of the two has not heard of the other."""

@@ -17,7 +17,7 @@ from mycoswarmd.errors import MycoswarmError, Unavailable
 from mycoswarmd.fleet.hints import Hints
 from mycoswarmd.flow.ports import Clock, Entropy
 from mycoswarmd.flow.swarm import Swarm
-from mycoswarmd.flow.swarmports import PeerClient, PeerDialer, PeerState, Reach
+from mycoswarmd.flow.swarmports import PeerAddress, PeerClient, PeerDialer, PeerState, Reach
 from mycoswarmd.wire.jsonv import as_list, get_list
 from mycoswarmd.wire.peer import Word
 
@@ -79,6 +79,8 @@ class Link:
         self._state = Reach.UNKNOWN
         self._detail = "nobody has said yet where it is"
         self._seen_s: float | None = None
+        self._spoke = asyncio.Event()  # set and replaced whenever something comes from it
+        self._address: PeerAddress | None = None
         self._rtt_ms: float | None = None
         self._ready_s = 0.0
         self._wake = asyncio.Event()
@@ -92,12 +94,12 @@ class Link:
     def state(self) -> PeerState:
         """Return how the member is just now."""
         now_s = self._around.clock.monotonic_s()
-        proved = self._around.hints.proved(self.member.id)
+        address = self._address or next(iter(self._around.hints.proved(self.member.id)), None)
         return PeerState(
             member=self.member,
             state=self._state,
             detail=self._detail,
-            address=proved[0] if proved else None,
+            address=address,
             last_seen_s=None if self._seen_s is None else now_s - self._seen_s,
             rtt_ms=self._rtt_ms,
             word=self.word,
@@ -121,6 +123,16 @@ class Link:
         """Drop every connection now."""
         if self._current is not None:
             self._current.cut()
+
+    async def speaks_again(self) -> bool:
+        """Wait for its next sign of life on the connection of this moment, and tell whether one came."""
+        client = self.client
+        try:
+            async with asyncio.timeout(SILENT_S):
+                await self._spoke.wait()
+        except TimeoutError:
+            return False
+        return client is not None and self.client is client
 
     async def synced(self) -> None:
         """Exchange rosters at once and wait for the end; nothing happens while it is not ready."""
@@ -200,6 +212,8 @@ class Link:
                 word = await _next(words, within_s=within_s)
                 within_s = SILENT_S
                 self._seen_s = self._around.clock.monotonic_s()
+                self._spoke.set()
+                self._spoke = asyncio.Event()
                 if word is not None:
                     await self._hear(client, word)
 
@@ -211,6 +225,7 @@ class Link:
         before, self.word, self.client = self.word, word, client
         address = client.remote_address()
         if address is not None:
+            self._address = address
             self._around.hints.prove(self.member.id, address)
         self._around.seen(self, word)
         if not self.is_ready:

@@ -66,6 +66,14 @@ class Memory:
         self._news.set()
         return row.alarm
 
+    def raise_alarm(self, node_id: str, alarm: str) -> str:
+        """Remember an alarm about a member, unless there is one, and return the one that counts."""
+        row = self._rows.get(node_id)
+        if row is not None and not row.alarm:
+            self._rows[node_id] = replace(row, alarm=alarm)
+            self._news.set()
+        return self.alarm(node_id)
+
     def forget(self, node_id: str) -> None:
         """Forget somebody who is no member any more."""
         self._rows.pop(node_id, None)

@@ -85,6 +85,7 @@ class RealNode:
         self.port: int | None = None
         self._tls: Tls | None = None
         self._server: asyncio.Server | None = None
+        self._second: asyncio.Server | None = None
         self._callers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._changed = asyncio.Event()
         self.swarm.subscribe(self._on_change)
@@ -180,10 +181,17 @@ class RealNode:
         self._server = await asyncio.start_server(self._serve, HOST, port, ssl=context)
         self.port = self._server.sockets[0].getsockname()[1]
 
+    async def listen_also(self, address: PeerAddress) -> None:
+        """Listen at a second address too."""
+        context = self._own_tls().server_context(self._anchors)
+        self._second = await asyncio.start_server(self._serve, address.host, address.port, ssl=context)
+
     def hang_up(self) -> None:
         """Stop listening, and drop everybody."""
         if self._server is not None:
             self._server.close()
+        if self._second is not None:
+            self._second.close()
         for task, writer in self._callers.items():
             writer.transport.abort()
             task.cancel()
@@ -219,6 +227,8 @@ class RealNode:
             return await self._send(writer, {"error": {"code": "unauthenticated"}}, status=401)
         match path:
             case "/swarm/sync":
+                if body.get("port"):
+                    self.fleet.hint(Hint(address=PeerAddress(HOST, body["port"]), node_id=caller))
                 return await self._send(writer, await self.swarm.sync(body))
             case "/swarm/word":
                 return await self._send(writer, json.loads(encode_word(self.word())))

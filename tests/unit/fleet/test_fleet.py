@@ -1,6 +1,7 @@
 """The links between members, over real TLS: found, exchanged with, lost at once, never fooled."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -262,6 +263,52 @@ async def test_two_with_one_key_raise_an_alarm_that_stays(home: Home) -> None:
     b.say_again()
     await a.until(lambda: a.fleet.words()[b.id].instance == b.swarm.instance)
     assert a.state_of(b).alarm.startswith("cloned")
+
+
+async def test_a_copy_beside_the_original_is_found_by_where_it_says_it_is(home: Home) -> None:
+    """The link stays with the original; the copy dials, and so says where it listens."""
+    a, b = await home.pair()
+    async with made_node(home.path / "gone", "gone") as first:
+        await a.admit(first)
+        assert first.swarm.boot == 1
+    shutil.copytree(home.path / "gone", home.path / "copy")
+    original, copy = await home.node("gone"), await home.node("copy")
+    assert original.id == copy.id
+    await original.listen()
+    await copy.listen()
+    await home.link(a)
+    tell(a, original)
+    await ready(a, original)
+    alone = a.state_of(original)
+    tell(a, original)  # where it is already
+    tell(a, original, b.address)  # somebody else is there
+    await home.link(copy)
+    tell(copy, a)
+    await a.until(lambda: a.state_of(original).alarm.startswith("cloned"))
+    assert alone.alarm == "" and a.state_of(original).address == original.address
+    assert str(copy.address) in a.state_of(original).alarm
+
+
+async def test_a_second_address_of_one_machine_is_no_copy(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a)
+    tell(a, b)
+    await ready(a, b)
+    assert b.port is not None
+    second = PeerAddress("127.0.0.2", b.port)
+    await b.listen_also(second)
+    tell(a, b, second)
+    await a.until(lambda: second in a.fleet._hints.proved(b.id))
+    assert a.state_of(b).alarm == "" and a.state_of(b).address == b.address
+
+
+async def test_two_that_agree_already_still_learn_where_the_other_listens(home: Home) -> None:
+    a, b = await home.pair()
+    await home.link(a, b)
+    assert a.swarm.digest == b.swarm.digest
+    tell(a, b)
+    await ready(a, b)
+    await ready(b, a)
 
 
 @pytest.mark.parametrize(("boot", "is_alarm"), [(-1, True), (0, False), (1, False)])
