@@ -1,6 +1,7 @@
 """What statements mean together: who is in, who may sign, and that doubt puts out."""
 
 import hashlib
+from itertools import pairwise
 
 import pytest
 
@@ -370,6 +371,17 @@ def test_one_member_cannot_fill_the_roster() -> None:
     assert live(whole) == set()
 
 
+def test_a_fork_that_makes_another_chain_too_long_is_taken_all_the_same() -> None:
+    """C follows A, and follows the last of a long chain too; when A forks, what follows C is too far out."""
+    chain = [B, *(key("chain", n) for n in range(MAX_REKEYS - 1)), C]
+    whole = M.set(ADMIT_A, ADMIT_B, M.rekey(A, C), *(M.rekey(*pair) for pair in pairwise(chain)))
+    whole.add([M.rekey(C, D)])
+    fork = M.rekey(A, key("fork"))
+    assert whole.add([fork]) == (fork,)
+    assert M.rekey(C, D).sha256 in whole.pruned
+    assert live(whole) == set()
+
+
 def test_a_key_that_is_claimed_twice_is_nobody() -> None:
     admitted = M.set(ADMIT_A, ADMIT_B, M.rekey(A, B))
     assert live(admitted) == set()
@@ -418,6 +430,13 @@ def test_an_epoch_works_where_the_statements_that_it_keeps_come_later() -> None:
     assert live(whole) == set()
     assert whole.add([ADMIT_B]) == ()
     assert whole.add([ADMIT_A]) == (ADMIT_A,)
+    assert live(whole) == {A.id}
+
+
+def test_an_epoch_keeps_what_is_older_and_vouches_for_nothing_of_its_own() -> None:
+    by_stranger = Maker(epoch=1).admit(B, by=key("stranger"))
+    whole = M.set(ADMIT_A, M.new_epoch(1, {S2: A}, [ADMIT_A, by_stranger]))
+    assert refused(whole, by_stranger) == "bad-statement"
     assert live(whole) == {A.id}
 
 

@@ -396,6 +396,14 @@ def test_making_a_body_takes_what_a_stranger_may_say_and_no_more() -> None:
         make_body(Kind.REVOKE, swarm=HEX, epoch=0, node=ID, by=HEX)
 
 
+def test_a_statement_that_nobody_would_take_is_not_made() -> None:
+    keep = [f"{n:064x}" for n in range(1_000)]
+    with pytest.raises(BadRequest, match="65,536 bytes"):
+        make_body(Kind.DROP_SIGNER, swarm=HEX, epoch=0, key=HEX, by=HEX, keep=keep)
+    body = make_body(Kind.EPOCH, swarm=HEX, epoch=1, n=1, signers=[SIGNER] * 1, keep=keep[:950])
+    assert len(body) < MAX_BODY_BYTES
+
+
 def test_parsing_does_not_depend_on_how_deep_the_caller_is() -> None:
     def deeper(n: int) -> Statement:
         return parse(encode_statement(ADMIT)) if n == 0 else deeper(n - 1)
@@ -440,6 +448,14 @@ def test_a_beacon_reads_as_it_was_written() -> None:
 def test_a_beacon_that_was_touched_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(BadRequest, match="bad-beacon"):
         parse_beacon({**MAKER.beacon(7), **change}, verify=keys.verify)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "n"), [(0, 0), (0, -1), (0, 1 << 53), (-1, 1), (1_000_001, 1), (True, 1), (0, True)]
+)
+def test_a_beacon_out_of_range_is_refused_although_its_signer_signed_it(epoch: int, n: int) -> None:
+    with pytest.raises(BadRequest, match="in range"):
+        parse_beacon(Maker(epoch=epoch).beacon(n), verify=keys.verify)
 
 
 @pytest.mark.parametrize("untrusted", [None, [], {}, "x", 7])
