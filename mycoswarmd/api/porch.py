@@ -61,5 +61,7 @@ def source_of(peername: object) -> str:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return str(address.ipv4_mapped)
+        if address.is_link_local:
+            return str(host)  # every machine on the cable has this prefix, and one address for each interface
         return str(ipaddress.ip_network((int(address), _PREFIX), strict=False))
     return str(address)

@@ -1,7 +1,7 @@
 """The swarm's door and its links: open while this node is a member, closed while it is none.
 
 Law: nothing listens for others and nothing is announced before this node is in a swarm, and both end with
-its membership. A door that cannot be opened is a problem that `status` shows; the rest of the node works on.
+its membership. Whoever was put out still looks for news of the roster. A door that cannot be opened is a problem that `status` shows; the rest of the node works on.
 """
 
 import asyncio
@@ -49,6 +49,99 @@ class NodeTls:
     def server_context(self) -> ssl.SSLContext:
         """Return the context to listen with; it trusts the live members of each moment."""
         return self._current().server_context(self._anchors)
+
+    def _on_change(self) -> None:
+        if self._tls is not None:
+            self._tls.refresh()
+
+    def _current(self) -> Tls:
+        identity = self._swarm.identity
+        assert isinstance(identity, NodeIdentity)
+        if self._tls is None:
+            self._tls = Tls(identity.seed, identity.cert_der)
+        elif self._id != identity.node_id:
+            self._tls.replace(identity.seed, identity.cert_der)
+        self._id = identity.node_id
+        return self._tls
+
+    def _anchors(self) -> Sequence[bytes]:
+        roster = self._swarm.roster
+        return [member.cert_der for member in roster.members.values()] if roster is not None else []
+
+
+class Membership:
+    """Opens and closes what membership needs. One per daemon."""
+
+    def __init__(self, *, settings: Settings, swarm: Swarm, fleet: Fleet, tls: NodeTls, clock: Clock) -> None:
+        self._settings = settings
+        self._swarm = swarm
+        self._fleet = fleet
+        self._tls = tls
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self.discovery: Discovery | None = None
+        self.problem = ""
+        swarm.subscribe(self._on_change)
+
+    async def nearby(self) -> Sequence[PeerAddress]:
+        """Look for swarms on the networks of this machine; a few seconds at most."""
+        if not self._settings.discovery:
+            raise Unavailable(
+                "discovery-off",
+                "cannot look for a swarm: discovery is off in the settings",
+                hint="say where one is: mycoswarmctl enroll --address HOST",
+            )
+        found: dict[PeerAddress, None] = {}
+        first = asyncio.Event()
+
+        def note(hint: Hint) -> None:
+            if len(found) < 64:
+                found[hint.address] = None
+            first.set()
+
+        looking = Discovery(_start_discovery, note, clock=self._clock)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(looking.run())
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    await first.wait()
+                await asyncio.sleep(_AND_OTHERS_S)
+            except TimeoutError:
+                log.info("no swarm was seen on this network")
+            finally:
+                task.cancel()
+        return list(found)
+
+    async def run(self, api: Api) -> None:
+        """Keep the links while there is a roster, and the door open while it has this node; until cancelled.
+
+        A node that was put out goes on asking: the paper key may have brought it back.
+        """
+        while True:
+            self._changed.clear()
+            begun = self._standing()
+            if begun is None:
+                await self._changed.wait()
+                continue
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._fleet.run(), name="swarm:fleet"),
+                    group.create_task(self._discover(), name="swarm:discovery"),
+                ]
+                if self._swarm.is_member():
+                    tasks.append(group.create_task(self._listen(api), name="swarm:listen"))
+                while self._standing() == begun:
+                    await self._changed.wait()
+                    self._changed.clear()
+                for task in tasks:
+                    task.cancel()
+
+    def _standing(self) -> tuple[str, bool] | None:
+        """Return this node's id and whether it is a member, or None without a swarm."""
+        node_id = self._swarm.self_id
+        if self._swarm.roster is None or node_id is None:
+            return None
+        return node_id, self._swarm.is_member()
 
     def _on_change(self) -> None:
         if self._tls is not None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from mycoswarmd.errors import ConfigError, MycoswarmError
 
 log = logging.getLogger("mycoswarmd")
 
+# Connections are bounded to about 3,200 in all (api/lines.py).
+_OPEN_FILES = 8_192
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -42,6 +45,7 @@ def run_forever(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     os.umask(0o077)
+    _raise_file_limit()
     settings = load_settings(
         Options(
             state=state,
@@ -59,6 +63,14 @@ def run_forever(
         if deliberate is None:
             raise
         raise _first(deliberate) from None
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the bounds on connections add up to, where the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _serve(settings: Settings) -> None:

@@ -110,12 +110,7 @@ class Invitations:
 
     async def open(self, *, role: str, name: str, ttl_s: int, needs_confirm: bool) -> dict[str, object]:
         """Make an invitation; its code is in the answer and nowhere else."""
-        if not self._swarm.is_signer():
-            raise Conflict(
-                "not-a-signer",
-                "cannot invite: this node is no signer",
-                hint="mycoswarmctl nodes shows which is",
-            )
+        self._swarm.require_signer()
         if role not in {"node", "operator"}:
             raise BadRequest("bad-request", "cannot invite: the role is node or operator", where="role")
         if name:

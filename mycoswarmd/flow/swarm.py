@@ -516,6 +516,11 @@ class Swarm:
 
     def _new(self, kind: Kind, **facts: object) -> Statement:
         """Sign a statement that counts now, or say why this node cannot."""
+        roster = self.require_signer()
+        return self._parse(self._sign(kind, roster.swarm_id, roster.epoch, **facts))
+
+    def require_signer(self) -> Roster:
+        """Return the roster where this node may sign; Conflict("not-a-signer") says who may."""
         roster = self._require_roster()
         if not self.is_signer():
             holders = ", ".join(sorted(m.name for m in roster.members.values() if m.is_signer))
@@ -524,7 +529,7 @@ class Swarm:
                 "cannot sign this: this node is no signer",
                 hint=f"do it on {holders}" if holders else "mycoswarmctl recover, with the paper key",
             )
-        return self._parse(self._sign(kind, roster.swarm_id, roster.epoch, **facts))
+        return roster
 
     def _sign(self, kind: Kind, swarm_id: str, epoch: int, **facts: object) -> dict[str, object]:
         key = self._signer.public_key()

@@ -89,7 +89,7 @@ def test_never_more_than_burst_and_rate(steps: list[tuple[int, float]]) -> None:
         (("::ffff:10.0.0.7", 5, 0, 0), "10.0.0.7"),
         (("fd00:1:2:3:aaaa::1", 5, 0, 0), "fd00:1:2:3::/64"),
         (("fd00:1:2:3:bbbb::2", 5, 0, 0), "fd00:1:2:3::/64"),
-        (("fe80::1%eth0", 5, 0, 3), "fe80::/64"),
+        (("fe80::1%eth0", 5, 0, 3), "fe80::1%eth0"),  # one prefix for every machine on the cable
         ("", ""),
         (None, ""),
         (("nonsense", 1), ""),
