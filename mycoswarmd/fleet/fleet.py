@@ -221,6 +221,8 @@ class Fleet:
         )
 
     def _on_double(self, link: Link, address: PeerAddress) -> None:
+        if link.alarm:
+            return
         said = f"{CLONED}: two machines have its key, one of them at {address}"
         link.alarm = self._memory.raise_alarm(link.member.id, said)
         log.error("node %s (%s) is %s", link.member.name, link.member.id, link.alarm)
