@@ -1,7 +1,8 @@
 """The swarm's door and its links: open while this node is a member, closed while it is none.
 
 Law: nothing listens for others and nothing is announced before this node is in a swarm, and both end with
-its membership. Whoever was put out still looks for news of the roster. A door that cannot be opened is a problem that `status` shows; the rest of the node works on.
+its membership. Whoever was put out still looks for news of the roster. A door that cannot be opened is a
+problem that `status` shows; the rest of the node works on.
 """
 
 import asyncio
