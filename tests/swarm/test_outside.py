@@ -23,24 +23,30 @@ from tests.swarm.lab import PORT, ROOT, Capture, Host, Lab, LabNode, need, wait_
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-outside")]
 # It needs an older cryptography than the node is tested with: an environment of its own.
 SSLYZE = "sslyze==6.3.1"
-SCANS = (
-    "--sslv2", "--sslv3", "--tlsv1", "--tlsv1_1", "--tlsv1_2", "--tlsv1_3", "--compression", "--reneg",
-    "--resum", "--resum_attempts=3", "--early_data", "--heartbleed", "--openssl_ccs", "--fallback",
-    "--certinfo", "--elliptic_curves",
-)  # fmt: skip
-NMAP = "ssl-enum-ciphers,ssl-cert,ssl-heartbleed,ssl-poodle,ssl-ccs-injection,ssl-dh-params,sslv2,tls-alpn"
+# With a plus: run also where the first hello (of TLS 1.2) is answered with silence.
+NMAP = ",".join(
+    f"+{script}"
+    for script in (
+        "ssl-enum-ciphers",
+        "ssl-cert",
+        "ssl-heartbleed",
+        "ssl-poodle",
+        "ssl-ccs-injection",
+        "sslv2",
+    )
+)
 OLD = ("ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1", "tls_1_2")
 
 
 @pytest.fixture(scope="session")
 def sslyze() -> Path:
-    """Return sslyze's program, installed once."""
+    """Return a Python that has sslyze, installed once."""
     home = ROOT / "build" / "sslyze"
-    program = home / "bin" / "sslyze"
+    program = home / "bin" / "python"
     home.parent.mkdir(exist_ok=True)
     with (ROOT / "build" / "sslyze.lock").open("w") as lock:
         flock(lock, LOCK_EX)
-        if not program.exists():
+        if not (home / "bin" / "sslyze").exists():
             subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
             subprocess.run([home / "bin" / "pip", "install", "--quiet", SSLYZE], check=True, timeout=300)
     return program
@@ -53,6 +59,7 @@ def member() -> Iterator[tuple[Lab, LabNode, Host]]:
         node = lab.node("n1")
         lab.found(node)
         node.invite()
+        lab.host("ordinary")
         yield lab, node, lab.host("scanner")
 
 
@@ -73,11 +80,8 @@ def ordinary_server(host: Host) -> Iterator[Key]:
 
 def scan(program: Path, source: Host, target: str) -> dict:  # type: ignore[type-arg]
     """Let sslyze look; returns its results by scan."""
-    out = source.run(
-        str(program), "--json_out=-", "--mozilla_config=disable", *SCANS, f"{target}:{PORT}", check=False
-    )
-    result = json.loads(out[out.index("{") :])["server_scan_results"][0]
-    assert result["scan_status"] == "COMPLETED", result
+    result = json.loads(source.run(str(program), "tests/swarm/attackers/sslyze_scan.py", target, str(PORT)))
+    assert result["scan_status"] == "COMPLETED", result["connectivity_error_trace"]
     return {name: scan["result"] for name, scan in result["scan_result"].items() if scan and scan["result"]}
 
 
@@ -103,7 +107,7 @@ def faults(found: dict) -> set[str]:  # type: ignore[type-arg]
 
 def test_sslyze_finds_tls_1_3_and_nothing_else(sslyze: Path, member: tuple[Lab, LabNode, Host]) -> None:
     lab, node, scanner = member
-    ordinary = lab.hosts.get("ordinary") or lab.host("ordinary")
+    ordinary = lab.hosts["ordinary"]
     with ordinary_server(ordinary):
         assert faults(scan(sslyze, scanner, ordinary.ip)) >= {"tls_1_2", "resumption"}
     found = scan(sslyze, scanner, node.host.ip)
@@ -131,7 +135,7 @@ def test_nmap_finds_the_same(member: tuple[Lab, LabNode, Host]) -> None:
     versions = set(re.findall(r"(TLSv1\.\d|SSLv\d)", said.get("ssl-enum-ciphers", "TLSv1.3")))
     assert versions == {"TLSv1.3"}
     assert not {"ssl-heartbleed", "ssl-poodle", "ssl-ccs-injection", "ssl-dh-params", "sslv2"} & set(said)
-    ordinary = lab.hosts.get("ordinary") or lab.host("ordinary")
+    ordinary = lab.hosts["ordinary"]
     with ordinary_server(ordinary) as key:
         assert f"commonName={key.node_id}" in nmap(scanner, ordinary.ip)["ssl-cert"]
 
@@ -147,7 +151,7 @@ def has_ticket(source: Host, target: str) -> bool:
 
 def test_no_ticket_is_given(member: tuple[Lab, LabNode, Host]) -> None:
     lab, node, scanner = member
-    ordinary = lab.hosts.get("ordinary") or lab.host("ordinary")
+    ordinary = lab.hosts["ordinary"]
     with ordinary_server(ordinary):
         assert has_ticket(scanner, ordinary.ip)
     assert not has_ticket(scanner, node.host.ip)
@@ -199,16 +203,14 @@ def tcp_streams(cable: Capture) -> list[bytes]:
         if frame[14 + (6 if is_v6 else 9)] != 6 or frame[12:14] not in {b"\x86\xdd", b"\x08\x00"}:
             continue
         at = 14 + (40 if is_v6 else (frame[14] & 15) * 4)
-        end = 14 + (
-            40 + int.from_bytes(frame[18:20], "big") if is_v6 else int.from_bytes(frame[16:18], "big")
-        )
+        size = 40 + int.from_bytes(frame[18:20], "big") if is_v6 else int.from_bytes(frame[16:18], "big")
         ends = (frame[22:54] if is_v6 else frame[26:34], frame[at : at + 4])
         number = int.from_bytes(frame[at + 4 : at + 8], "big")
         if frame[at + 13] & 2:  # SYN
             starts[ends] = number + 1
             pieces[ends] = {}
         elif ends in starts:
-            payload = frame[at + (frame[at + 12] >> 4) * 4 : end]
+            payload = frame[at + (frame[at + 12] >> 4) * 4 : 14 + size]
             offset = (number - starts[ends]) % (1 << 32)
             if payload and len(payload) > len(pieces[ends].get(offset, b"")):
                 pieces[ends][offset] = payload
@@ -245,133 +247,9 @@ def test_a_days_traffic_is_tls_1_3_and_says_nothing(lab: Lab) -> None:
     strange = cable.tshark("-Y", f"!({ALLOWED}) && !({UNREACHABLE})")
     assert not strange, strange[:10]
     # Every TLS handshake that was finished speaks 1.3, and application data is in its records only.
-    hello = (
-        "-Y",
-        "tls.handshake.type == 2",
-        "-T",
-        "fields",
-        "-e",
-        "tls.handshake.extensions.supported_version",
-    )
-    versions = set(cable.tshark("-d", "tcp.port==7437,tls", *hello))
-    assert versions == {"TLSv1.3"}
-    assert not {"ssl-heartbleed", "ssl-poodle", "ssl-ccs-injection", "ssl-dh-params", "sslv2"} & set(said)
-    ordinary = lab.hosts.get("ordinary") or lab.host("ordinary")
-    with ordinary_server(ordinary) as key:
-        assert f"commonName={key.node_id}" in nmap(scanner, ordinary.ip)["ssl-cert"]
-
-
-def has_ticket(source: Host, target: str) -> bool:
-    """Tell whether a server hands out what a session can be resumed with."""
-    with Talk(source.connect(target), client_context()) as talk:
-        talk.call("GET", "/")
-        assert talk.sock.version() == "TLSv1.3" and talk.sock.compression() is None
-        assert talk.sock.session is not None
-        return talk.sock.session.has_ticket
-
-
-def test_no_ticket_is_given(member: tuple[Lab, LabNode, Host]) -> None:
-    lab, node, scanner = member
-    ordinary = lab.hosts.get("ordinary") or lab.host("ordinary")
-    with ordinary_server(ordinary):
-        assert has_ticket(scanner, ordinary.ip)
-    assert not has_ticket(scanner, node.host.ip)
-
-
-# --- a day in miniature ------------------------------------------------------------------------------
-
-PROMPT, KITCHEN = "the-neighbours-cat-is-called-Zephyrine", "kitchen-of-Marguerite"
-VERSIONS = {0x0301, 0x0303}  # what TLS 1.3 writes into its records
-# What may leave a node: TLS 1.3 from and to the swarm's port, mDNS, and what Ethernet and IP need.
-ALLOWED = (
-    "arp || icmpv6.type == 133 || icmpv6.type == 134 || icmpv6.type == 135 || icmpv6.type == 136 || "
-    "icmpv6.type == 143 || igmp || (mdns && udp.port == 5353) || (tcp.port == 7437)"
-)
-# A port that is closed answers so, of TCP and of UDP.
-UNREACHABLE = "icmp.type == 3 || icmpv6.type == 1"
-
-
-def a_day(lab: Lab, during: Callable[[list[LabNode]], None]) -> tuple[list[LabNode], str]:
-    """Enrol, prompt, revoke, change a key, restart; returns the nodes and the code that was used."""
-    one = lab.node("n1", settings=f'node_name = "{KITCHEN}"')
-    two = lab.node("n2", engine=True)
-    three = lab.node("n3")
-    during([one, two, three])
-    lab.found(one, swarm="Marguerites-house")
-    code = one.invite()
-    two.enroll(code)
-    lab.admit(one, three)
-    lab.wait_agreed([one, two, three])
-    for _ in range(3):
-        assert one.ask(PROMPT).status == 200
-    assert one.ask(PROMPT, model="slow", timeout_s=60).status == 200
-    one.ok("POST", "/api/swarm/revoke", {"node": three.id, "reason": "sold-to-Balthazar"})
-    wait_until(lambda: not two.row(three.id), within_s=10)
-    two.id = two.ok("POST", "/api/swarm/rekey", {})["id"]
-    wait_until(lambda: one.sees(two.id), within_s=15)
-    two.restart()
-    wait_until(lambda: one.sees(two.id), within_s=15)
-    assert one.ask(PROMPT).status == 200
-    return [one, two, three], code
-
-
-def tcp_streams(cable: Capture) -> list[bytes]:
-    """Return the bytes of each direction of each connection, put together by their numbers."""
-    pieces: dict[tuple[bytes, bytes], dict[int, bytes]] = {}
-    starts: dict[tuple[bytes, bytes], int] = {}
-    for frame in cable.frames:
-        is_v6 = frame[12:14] == b"\x86\xdd"
-        if frame[14 + (6 if is_v6 else 9)] != 6 or frame[12:14] not in {b"\x86\xdd", b"\x08\x00"}:
-            continue
-        at = 14 + (40 if is_v6 else (frame[14] & 15) * 4)
-        end = 14 + (
-            40 + int.from_bytes(frame[18:20], "big") if is_v6 else int.from_bytes(frame[16:18], "big")
-        )
-        ends = (frame[22:54] if is_v6 else frame[26:34], frame[at : at + 4])
-        number = int.from_bytes(frame[at + 4 : at + 8], "big")
-        if frame[at + 13] & 2:  # SYN
-            starts[ends] = number + 1
-            pieces[ends] = {}
-        elif ends in starts:
-            payload = frame[at + (frame[at + 12] >> 4) * 4 : end]
-            offset = (number - starts[ends]) % (1 << 32)
-            if payload and len(payload) > len(pieces[ends].get(offset, b"")):
-                pieces[ends][offset] = payload
-    found = []
-    for parts in pieces.values():
-        data = b""
-        for offset, payload in sorted(parts.items()):
-            data += payload[len(data) - offset :] if offset <= len(data) else b""
-        found.append(data)
-    return found
-
-
-def record_kinds(data: bytes) -> Iterator[int]:
-    """Yield the content types of the TLS records that a stream is made of; -1 for what is none."""
-    while len(data) >= 5:
-        yield data[0] if int.from_bytes(data[1:3], "big") in VERSIONS else -1
-        data = data[5 + int.from_bytes(data[3:5], "big") :]
-
-
-@pytest.mark.timeout(120)
-def test_a_days_traffic_is_tls_1_3_and_says_nothing(lab: Lab) -> None:
-    need("tshark")
-    with contextlib.ExitStack() as stack:
-        wires: list[Capture] = []
-        loopback: list[Capture] = []
-
-        def during(nodes: list[LabNode]) -> None:
-            wires.append(stack.enter_context(lab.capture()))
-            loopback.append(stack.enter_context(lab.capture_loopback(nodes[1].host)))
-
-        nodes, code = a_day(lab, during)
-    cable, inside = wires[0], loopback[0]
-    assert len(cable.frames) > 200 and not cable.dropped
-    strange = cable.tshark("-Y", f"!({ALLOWED}) && !({UNREACHABLE})")
-    assert not strange, strange[:10]
-    # Every TLS handshake that was finished speaks 1.3, and application data is in its records only.
-    versions = set(cable.tshark("-d", "tcp.port==7437,tls", "-Y", "tls.handshake.type == 2", "-T", "fields",
-                                "-e", "tls.handshake.extensions.supported_version"))  # fmt: skip
+    hello = "tls.handshake.type == 2"
+    field = ("-T", "fields", "-e", "tls.handshake.extensions.supported_version")
+    versions = set(cable.tshark("-d", "tcp.port==7437,tls", "-Y", hello, *field))
     assert versions == {"0x0304"}, versions
     streams = tcp_streams(cable)
     assert len(streams) > 10
