@@ -438,10 +438,11 @@ class LabNode(NodeProcess):
         *,
         model: str = "ok",
         headers: Mapping[str, str] | None = None,
+        stream: bool = False,
         timeout_s: float = 30,
     ) -> Answer:
         """Send a prompt as a local program does."""
-        body = {"model": model, "messages": [{"role": "user", "content": prompt}]}
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": stream}
         return self.call("POST", "/v1/chat/completions", body, headers, timeout_s)
 
 

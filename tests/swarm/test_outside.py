@@ -24,17 +24,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-outside")]
 # It needs an older cryptography than the node is tested with: an environment of its own.
 SSLYZE = "sslyze==6.3.1"
 # With a plus: run also where the first hello (of TLS 1.2) is answered with silence.
-NMAP = ",".join(
-    f"+{script}"
-    for script in (
-        "ssl-enum-ciphers",
-        "ssl-cert",
-        "ssl-heartbleed",
-        "ssl-poodle",
-        "ssl-ccs-injection",
-        "sslv2",
-    )
-)
+# With a plus: run also where the first hello (of TLS 1.2) is answered with silence.
+NMAP = "+ssl-enum-ciphers,+ssl-cert,+ssl-heartbleed,+ssl-poodle,+ssl-ccs-injection,+sslv2"
 OLD = ("ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1", "tls_1_2")
 
 
@@ -134,7 +125,7 @@ def test_nmap_finds_the_same(member: tuple[Lab, LabNode, Host]) -> None:
     assert "9999-12-31" in said["ssl-cert"]
     versions = set(re.findall(r"(TLSv1\.\d|SSLv\d)", said.get("ssl-enum-ciphers", "TLSv1.3")))
     assert versions == {"TLSv1.3"}
-    assert not {"ssl-heartbleed", "ssl-poodle", "ssl-ccs-injection", "ssl-dh-params", "sslv2"} & set(said)
+    assert not any("VULNERABLE" in output for output in said.values()) and "sslv2" not in said
     ordinary = lab.hosts["ordinary"]
     with ordinary_server(ordinary) as key:
         assert f"commonName={key.node_id}" in nmap(scanner, ordinary.ip)["ssl-cert"]
@@ -183,7 +174,7 @@ def a_day(lab: Lab, during: Callable[[list[LabNode]], None]) -> tuple[list[LabNo
     lab.wait_agreed([one, two, three])
     for _ in range(3):
         assert one.ask(PROMPT).status == 200
-    assert one.ask(PROMPT, model="slow", timeout_s=60).status == 200
+    assert one.ask(PROMPT, stream=True).status == 200
     one.ok("POST", "/api/swarm/revoke", {"node": three.id, "reason": "sold-to-Balthazar"})
     wait_until(lambda: not two.row(three.id), within_s=10)
     two.id = two.ok("POST", "/api/swarm/rekey", {})["id"]
