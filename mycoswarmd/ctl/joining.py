@@ -15,7 +15,7 @@ from mycoswarmd.ctl.finding import Address
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.session import Session
 from mycoswarmd.ctl.tlshttp import Remote, Stranger
-from mycoswarmd.errors import MycoswarmError, NotFound, Unauthenticated, Unreachable
+from mycoswarmd.errors import BadRequest, MycoswarmError, NotFound, Unauthenticated, Unreachable
 from mycoswarmd.trust.identity import NodeIdentity
 
 _HELLO = "/swarm/enroll/hello"
@@ -43,12 +43,17 @@ def join(session: Session, code_text: str, addresses: Sequence[Address], name: s
         except MycoswarmError as exc:
             problem = _telling(problem, exc)
             continue
-        own = operators.begin(identity, welcome.statements, genesis_sha256=welcome.genesis_sha256)
+        try:
+            own = operators.begin(identity, welcome.statements, genesis_sha256=welcome.genesis_sha256)
+        except BadRequest as exc:
+            raise _theirs(exc) from exc
         inviter = own.by_certificate(stranger.cert_der)
         if inviter is not None:
             own.found(inviter.id, address)
         return _summary(own)
-    raise problem or NotFound(
+    if problem is not None:
+        raise _theirs(problem)
+    raise NotFound(
         "no-swarm-found",
         "cannot find a swarm on this network",
         hint="say where a node is: mycoswarmctl enroll --operator --address HOST",
@@ -110,6 +115,13 @@ def _telling(one: MycoswarmError | None, other: MycoswarmError) -> MycoswarmErro
         return other
     says_little = one.code in {"invite-unknown", "nobody-invited"}
     return other if says_little and not isinstance(other, Unreachable) else one
+
+
+def _theirs(exc: MycoswarmError) -> MycoswarmError:
+    """Make what the other side did wrong no error of the command line."""
+    if exc.exit_code == BadRequest.exit_code:
+        exc.exit_code = MycoswarmError.exit_code
+    return exc
 
 
 def _summary(own: operators.Operator) -> Doc:

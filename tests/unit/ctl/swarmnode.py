@@ -120,6 +120,7 @@ class SwarmNode(FakeNode):
 
     Attributes:
         believes_anybody: break it on purpose: answer also whom the roster does not have.
+        hands_over: break it on purpose: give newcomers the roster of this swarm instead.
     """
 
     def __init__(self, home: Home, own: NodeIdentity) -> None:
@@ -134,6 +135,7 @@ class SwarmNode(FakeNode):
         self.invitations: dict[str, Invitation] = {}
         self.lock = threading.RLock()
         self.believes_anybody = False
+        self.hands_over: Home | None = None
 
     @property
     def address(self) -> str:
@@ -243,9 +245,10 @@ class SwarmNode(FakeNode):
             invitation.pending -= 1
             return answer({"pending": True})
         newcomer = NodeIdentity(read_certificate(hello.cert_der).node_id, b"", hello.cert_der, b"")
-        self.home.take(self.home.admit(newcomer, hello.name, invitation.role))
+        home = self.hands_over or self.home
+        home.take(home.admit(newcomer, hello.name, invitation.role))
         self.tls.refresh()
-        return answer(seal_bundle(invitation.keys, transcript, {"statements": self.home.statements()}))
+        return answer(seal_bundle(invitation.keys, transcript, {"statements": home.statements()}))
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["SwarmNode"]:

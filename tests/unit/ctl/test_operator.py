@@ -223,6 +223,16 @@ def test_the_inviter_is_found_by_its_announcement(
     assert laptop.ctl("enroll", "--operator", pc.invite()).code == 0
 
 
+@pytest.mark.parametrize("lie", ["as a node", "another swarm"])
+def test_a_roster_that_does_not_admit_the_person_is_not_kept(laptop: Laptop, pc: SwarmNode, lie: str) -> None:
+    if lie == "another swarm":
+        pc.hands_over = Home.begin("home")
+    code = pc.invite(role="node" if lie == "as a node" else "operator")
+    ran = laptop.ctl("enroll", "--operator", code, "--address", pc.address, "--json")
+    assert (ran.code, ran.json["error"]["code"]) == (1, "bad-bundle" if lie == "as a node" else "other-swarm")
+    assert not (laptop.directory / "roster.json").exists()
+
+
 def test_while_a_person_decides_the_words_are_shown_and_the_proof_is_repeated(
     laptop: Laptop, pc: SwarmNode
 ) -> None:
@@ -298,6 +308,29 @@ def test_a_daemon_on_this_machine_comes_first(anna: Laptop, pc: SwarmNode, tmp_p
     assert anna.ctl("models").code == 4
     assert pc.asked == []
     assert anna.ctl("--node", "study-pc", "models").code == 0
+
+
+def test_a_socket_at_the_usual_place_comes_first(
+    anna: Laptop, pc: SwarmNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mycoswarmd.ctl.place._runtime_dir", lambda: tmp_path)
+    assert anna.ctl("models").code == 0  # nothing is there, so the nearest node is asked
+    pc.asked.clear()
+    (tmp_path / "api.sock").touch()
+    assert anna.ctl("models").code == 4
+    assert pc.asked == []
+
+
+def test_an_operator_is_no_node(anna: Laptop, home: Home) -> None:
+    bob = identity()
+    home.take(home.admit(bob, "bob", "operator"))
+    anna.own().merge(home.statements())
+    with SwarmNode(home, bob).listening() as posing:
+        posing.on("GET", "/api/models", MODELS)
+        assert anna.ctl("--node", "bob", "models", "--json").json["error"]["code"] == "unknown-node"
+        ran = anna.ctl("--node", posing.address, "models", "--json")
+    assert ran.json["error"]["code"] == "peer-unproved"
+    assert {asked.path for asked in posing.asked} <= {"/swarm/pull"}
 
 
 def test_without_an_identity_the_way_to_one_is_said(laptop: Laptop, pc: SwarmNode) -> None:
