@@ -153,7 +153,9 @@ def test_a_machine_that_was_off_hears_of_revocations_from_the_first_it_meets(lab
         thread.start()
         try:
             pi.start()
-            wait_until(lambda: pi.digest == signer.digest, within_s=10)
+            wait_until(
+                lambda: pi.digest == signer.digest, within_s=10, why=lambda: lab.story([signer, pi])
+            )
             time.sleep(1)
         finally:
             stop.set()
@@ -175,7 +177,7 @@ def test_a_machine_that_was_off_knows_that_it_does_not_know(lab: Lab) -> None:
         lab.heal()
         wait_until(lambda: pi.digest == signer.digest, within_s=20)
         assert not is_served(thief, pi, mallory)
-        assert pi.swarm()["roster_age_s"] is not None
+        wait_until(lambda: pi.swarm()["roster_age_s"] is not None, within_s=10)
 
 
 def test_a_policy_can_demand_freshness_of_a_machine_that_was_off(lab: Lab) -> None:

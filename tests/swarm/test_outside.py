@@ -244,7 +244,7 @@ def test_a_days_traffic_is_tls_1_3_and_says_nothing(lab: Lab) -> None:
     assert versions == {"0x0304"}, versions
     streams = tcp_streams(cable)
     assert len(streams) > 10
-    assert {kind for data in streams for kind in record_kinds(data)} == {20, 21, 22, 23}
+    assert {22, 23} <= {kind for data in streams for kind in record_kinds(data)} <= {20, 21, 22, 23}
     secret = code.replace("-", "")[4:20]
     needles = [PROMPT, KITCHEN, "Marguerites-house", "Balthazar", "Hello there", "chat/completions",
                "swarm/enroll", "statements", code, secret, secret[:8]]  # fmt: skip
