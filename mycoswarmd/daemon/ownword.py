@@ -6,7 +6,7 @@ policy text, path or user. Only what is answered on this very node is offered.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import suppress
 
 from mycoswarmd import __version__
 from mycoswarmd.core.types import Zone
@@ -15,7 +15,7 @@ from mycoswarmd.flow.prompt import Prompts
 from mycoswarmd.flow.swarm import Swarm
 from mycoswarmd.wire.peer import MAX_MODELS, ModelWord, Word
 
-# Engines do not say when they change; looking costs some 50 us.
+# Engines do not say when they change; looking costs some 20 us.
 _LOOK_S = 0.25
 
 
@@ -39,7 +39,7 @@ class OwnWord:
         self._port = port
         self._clock = clock
         self._started_s = clock.monotonic_s()
-        self._said: Word | None = None
+        self._seen: tuple[object, ...] = ()
         self._changed = asyncio.Event()
         self._at_once = asyncio.Event()
         swarm.subscribe(self._at_once.set)
@@ -85,16 +85,25 @@ class OwnWord:
         await self._changed.wait()
 
     async def run(self) -> None:
-        """Look for changes until cancelled."""
+        """Look for changes until cancelled; without a swarm nobody asks, and nobody looks."""
         while True:
-            word = replace(self.now(), uptime_s=0)
-            if word != self._said:
-                self._said = word
+            self._at_once.clear()
+            if not self._swarm.is_member():
+                await self._at_once.wait()
+                continue
+            if (signs := self._signs()) != self._seen:
+                self._seen = signs
                 changed, self._changed = self._changed, asyncio.Event()
                 changed.set()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._at_once.wait()
-            except TimeoutError:
-                continue
-            self._at_once.clear()
+
+    def _signs(self) -> tuple[object, ...]:
+        """Return what the word is made of, as cheaply as it can be compared."""
+        return (
+            self._swarm.version,
+            self._prompts.node,
+            self._state(),
+            *((one.health().running, one.health().waiting, *one.models()) for one in self._engines),
+        )
