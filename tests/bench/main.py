@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import bench_cage, bench_http, bench_policy, bench_rest, bench_store
+from tests.bench import bench_cage, bench_http, bench_policy, bench_rest, bench_store, bench_swarm
 
 ALL: dict[str, Callable[[Path], None]] = {
     "policy": bench_policy.run,
@@ -14,6 +14,7 @@ ALL: dict[str, Callable[[Path], None]] = {
     "streams": bench_http.run_streams,
     "cage": bench_cage.run,
     "rest": bench_rest.run,
+    "swarm": bench_swarm.run,
     "engine": bench_rest.run_engine,
 }
 

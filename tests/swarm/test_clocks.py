@@ -153,9 +153,7 @@ def test_a_machine_that_was_off_hears_of_revocations_from_the_first_it_meets(lab
         thread.start()
         try:
             pi.start()
-            wait_until(
-                lambda: pi.digest == signer.digest, within_s=10, why=lambda: lab.story([signer, pi])
-            )
+            wait_until(lambda: pi.digest == signer.digest, within_s=10, why=lambda: lab.story([signer, pi]))
             time.sleep(1)
         finally:
             stop.set()
