@@ -152,7 +152,9 @@ def _wait(session: Session, made: Doc) -> None:
         elif row.get("state") == "used":
             _erase(shows=shows)
             _joined(
-                session, invite_id, [one for one in answer["nodes"] if str(one.get("id")) in ids - before]
+                session,
+                invite_id,
+                [one for one in answer.get("nodes") or [] if str(one.get("id")) in ids - before],
             )
             return
         elif (ending := _ENDINGS.get(str(row.get("state")))) is not None:

@@ -65,11 +65,13 @@ def leave(session: Session) -> Doc:
     own = operators.load()
     if own.identity.node_id in own.roster.members:
         body = {"have": own.hashes(), "statements": [own.farewell()]}
+        node = Remote(own, "", session.aside)
         try:
-            Remote(own, "", session.aside).post("/swarm/sync", body)
-        except Unauthenticated:
-            own.check()  # put out in the meantime: there is nobody to tell
-            raise
+            node.post("/swarm/sync", body)
+        except (Unauthenticated, Unreachable):
+            node.hear()  # whoever is out is cut off, also in the middle of the answer to its farewell
+            if own.identity.node_id in own.roster.members:
+                raise
     operators.forget()
     return {"swarm": own.roster.name, "id": own.identity.node_id}
 

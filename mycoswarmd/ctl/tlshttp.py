@@ -188,6 +188,11 @@ class Remote:
         member, _, connection = self._connect(_SHORT_S)
         return _ask(connection, member, path, body)
 
+    def hear(self) -> None:
+        """Ask the node that was spoken to last for its roster, as anybody may."""
+        if self._at is not None:
+            self._pull(self._at[1])
+
     # --- finding the node ------------------------------------------------------------------------
 
     def _connect(self, timeout_s: float | None) -> tuple[Member, Address, TlsConnection]:

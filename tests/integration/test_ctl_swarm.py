@@ -322,6 +322,9 @@ def test_an_operator_believes_no_revoked_node(tmp_path: Path) -> None:
         assert gone.json["error"]["code"] in {"peer-unproved", "node-unreachable"}
         left = laptop.ctl("--node", "pc", "nodes")
         assert "stolen" in left.err
+        assert pc.row("anna")
+        assert laptop.ctl("leave", "--operator", "--yes").code == 0
+        assert not pc.row("anna")
 
 
 def test_signers_keys_and_leaving(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ class SwarmNode(FakeNode):
 
     Attributes:
         believes_anybody: break it on purpose: answer also whom the roster does not have.
+        cuts_off: end connections of who is out without an answer, as a daemon does.
         hands_over: break it on purpose: give newcomers the roster of this swarm instead.
     """
 
@@ -136,6 +137,7 @@ class SwarmNode(FakeNode):
         self.lock = threading.RLock()
         self.believes_anybody = False
         self.hands_over: Home | None = None
+        self.cuts_off = False
 
     @property
     def address(self) -> str:
@@ -154,6 +156,8 @@ class SwarmNode(FakeNode):
         with self.lock:
             self.callers.append(caller)
             reply = self._handle(asked, caller)
+        if self.cuts_off and caller is not None and caller in self.home.roster.revoked:
+            raise ConnectionAbortedError
         roster = {"X-Mycoswarm-Roster": self.home.roster.digest} if caller is not None else {}
         return Reply(
             status=reply.status,

@@ -460,7 +460,9 @@ def test_who_answers_and_turns_out_to_be_put_out_is_named(anna: Laptop, pc: Swar
     assert anna.ctl("--node", pc.address, "models").code == 3
 
 
-def test_a_revoked_operator_hears_that_it_is(anna: Laptop, pc: SwarmNode, home: Home) -> None:
+@pytest.mark.parametrize("cuts_off", [False, True])
+def test_a_revoked_operator_hears_that_it_is(anna: Laptop, pc: SwarmNode, home: Home, cuts_off: bool) -> None:
+    pc.cuts_off = cuts_off
     home.take(home.revoke(anna.own().identity.node_id, "laptop lost"))
     pc.tls.refresh()
     for _ in range(2):
@@ -537,7 +539,9 @@ def test_two_commands_at_once_lose_no_revocation(anna: Laptop, home: Home) -> No
 # --- leaving ---------------------------------------------------------------------------------
 
 
-def test_an_operator_leaves_in_peace(anna: Laptop, pc: SwarmNode, home: Home) -> None:
+@pytest.mark.parametrize("cuts_off", [False, True])
+def test_an_operator_leaves_in_peace(anna: Laptop, pc: SwarmNode, home: Home, cuts_off: bool) -> None:
+    pc.cuts_off = cuts_off
     own_id = anna.own().identity.node_id
     assert anna.ctl("leave", "--operator").code == 2
     ran = anna.ctl("leave", "--operator", "--yes")
