@@ -60,6 +60,7 @@ def upstream() -> Iterator[Upstream]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are written apart: 40 ms for each answer otherwise
     book: Upstream
 
     def log_message(self, *_: object) -> None:
