@@ -1,4 +1,4 @@
-"""How fast the swarm is: joining, finding, losing and asking one another, on cables of its own. Needs root."""
+"""How fast the swarm is: joining, finding, losing and asking one another, over cables. Needs root."""
 
 import os
 import statistics
