@@ -16,7 +16,7 @@ from mycoswarmd.flow.swarm import Swarm
 from mycoswarmd.wire.peer import MAX_MODELS, ModelWord, Word
 
 # Engines do not say when they change; looking costs some 20 us.
-_LOOK_S = 0.25
+_LOOK_S = 1.0
 
 
 class OwnWord:
