@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 from aiohttp.web_request import BaseRequest
@@ -25,7 +26,7 @@ from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_nee
 from mycoswarmd.api.call import ROSTER_HEADER, Call
 from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
-from mycoswarmd.api.routes import ROUTES, Gate, Route, make_router
+from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Route, make_router
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
 from mycoswarmd.core.types import Action, Request, TaskId
@@ -47,6 +48,12 @@ _STOP_S = 5.0
 # Bodies above this are held in memory by few callers at a time.
 _LARGE_BYTES = 16 << 20
 _LARGE_AT_ONCE = 2
+# Of one member: bodies above this come a few at a time, so that it holds up itself and nobody else.
+_MEMBER_BYTES = 1 << 20
+_MEMBER_AT_ONCE = 4
+# JSON is parsed without letting any other task run, and makes twenty times as much of each of these signs.
+_PARTS = (b"[", b"{", b":")
+_MAX_PARTS = 1 << 19
 # What a stranger may ask for: a newcomer needs some ten requests, one a second while a person decides.
 _KNOCKS_OF_EACH = Rate(burst=60, per_s=5)
 _KNOCKS_OF_ALL = Rate(burst=240, per_s=20)
@@ -81,6 +88,7 @@ class Api:
         self._doorman = doorman
         self._router = make_router(routes)
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()
         book = doorman.book
@@ -278,7 +286,18 @@ class Api:
         if route.body_bytes > _LARGE_BYTES:
             async with self._large:
                 return await self._handled(route, names, caller, request, roster, line)
+        if roster and route.path == SYNC_PATH:
+            async with self._turn_of(caller):
+                return await self._handled(route, names, caller, request, roster, line)
         return await self._handled(route, names, caller, request, roster, line)
+
+    def _turn_of(self, caller: Caller) -> asyncio.Semaphore:
+        """Return what a member's large bodies wait for."""
+        who = caller.principal.describe()
+        turn = self._of_member.get(who)
+        if turn is None:
+            turn = self._of_member[who] = asyncio.Semaphore(_MEMBER_AT_ONCE)
+        return turn
 
     async def _handled(
         self,
@@ -289,7 +308,13 @@ class Api:
         roster: str,
         line: Line | None,
     ) -> StreamResponse:
-        body = await _read_body(request, route.body_bytes) if request.body_exists else b""
+        body = b""
+        if request.body_exists:
+            is_apart = bool(roster) and route.body_bytes > _MEMBER_BYTES and route.path != SYNC_PATH
+            async with self._turn_of(caller) if is_apart else contextlib.nullcontext():
+                body = await _read_body(request, route.body_bytes)
+            if roster or line is not None:
+                _check_parts(body)
         if line is not None:
             line.allow(_ANSWER_S)
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
@@ -384,6 +409,12 @@ async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
             "slow-body", f"cannot read the request: no end after {_BODY_S:.0f} s", http_status=408
         ) from exc
     return bytes(body)
+
+
+def _check_parts(body: bytes) -> None:
+    """Refuse what would take seconds and hundreds of megabytes to parse."""
+    if len(body) > _MAX_PARTS and sum(map(body.count, _PARTS)) > _MAX_PARTS:
+        raise BadRequest("too-intricate", "cannot read the request: it has too many parts", http_status=413)
 
 
 def _too_large(at_most_bytes: int) -> BadRequest:

@@ -38,7 +38,10 @@ _SMALL = 256 << 10
 _ENROL = 64 << 10
 # The hashes that a stranger has, or the statements that a member sends: at most 10,000.
 _PULL = 512 << 10
-_SYNC = 16 << 20
+# A member with more to give comes again.
+_SYNC = 4 << 20
+# The way of statements between members.
+SYNC_PATH = "/swarm/sync"
 
 LOCAL = frozenset({Who.LOCAL})
 # What a person does from another machine. Not what would outlive the roster's word on that person: keys,

@@ -7,7 +7,7 @@ placement; it opens nothing.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -34,6 +34,8 @@ _SYNC_PAUSE_S, _LONGEST_SYNC_PAUSE_S = 0.5, 30.0
 # A change reaches everybody this fast by itself.
 _SETTLE_S = 0.3
 _PING_S = 30.0
+# A request takes 4 MiB, of which the hashes of a full roster are 0.7.
+_PORTION_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,9 +300,9 @@ class Link:
         wanted = as_list(answer.get("want", []), where="want", max_items=MAX_STATEMENTS)
         mine = frozenset(swarm.hashes())
         gifts = swarm.missing(mine - {one for one in wanted if isinstance(one, str)})
-        if gifts:
+        for portion in _portions(gifts):
             # Without `have`, it would answer with its whole roster.
-            body = {"have": sorted(mine), "statements": gifts}
+            body = {"have": sorted(mine), "statements": portion}
             await client.ask("POST", "/swarm/sync", body, within_s=_SYNC_WITHIN_S)
 
     async def _take(self, answer: dict[str, object]) -> None:
@@ -337,6 +339,20 @@ class Link:
         self._state, self._detail = state, detail
         if is_news:
             self._around.changed()
+
+
+def _portions(statements: Sequence[dict[str, object]]) -> Iterator[list[dict[str, object]]]:
+    """Divide statements, in their order, into what one request may carry."""
+    portion: list[dict[str, object]] = []
+    size = 0
+    for one in statements:
+        size += len(str(one["body"]))
+        if portion and size > _PORTION_BYTES:
+            yield portion
+            portion, size = [], len(str(one["body"]))
+        portion.append(one)
+    if portion:
+        yield portion
 
 
 async def _next(words: AsyncGenerator[Word | None, None], *, within_s: float) -> Word | None:
