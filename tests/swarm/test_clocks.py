@@ -39,9 +39,12 @@ def clock(path: Path, says: str) -> tuple[str, ...]:
     need("faketime")
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     set_clock(path, says)
+    # It keeps a lock under its process id, which outlives a kill; ids come back.
+    clean = ("sh", "-c", 'rm -f /dev/shm/*faketime*; exec "$@"', "sh")
     return (
-        "env", f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={path}", "FAKETIME_CACHE_DURATION=1",
-        "FAKETIME_DONT_FAKE_MONOTONIC=1", "DONT_FAKE_MONOTONIC=1", "FAKETIME_DONT_RESET=1", "TZ=UTC",
+        *clean, "env", f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={path}", "TZ=UTC",
+        "FAKETIME_DONT_FAKE_MONOTONIC=1",
+        "DONT_FAKE_MONOTONIC=1", "FAKETIME_DONT_RESET=1", "FAKETIME_CACHE_DURATION=1",
     )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ def test_prompts_cross_while_multicast_is_flooded_with_garbage(lab: Lab) -> None
         # Somebody new is found in the middle of it.
         newcomer = Newcomer.with_code(one.invite(), name="n3")
         assert newcomer.run(mallory, one.host.ip).status == 200
-        assert sent[0] > 1000
+        assert sent[0] > 500
     assert one.ask("and after?").status == 200
     assert resident_bytes(one.pid) - before < 40 << 20
     assert one.swarm()["swarm"]["problems"] == []

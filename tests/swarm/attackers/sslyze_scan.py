@@ -15,10 +15,9 @@ from sslyze import (  # type: ignore[import-not-found]
     ServerScanResultAsJson,
 )
 
-address, port = sys.argv[1], int(sys.argv[2])
+address, port, wanted = sys.argv[1], int(sys.argv[2]), {ScanCommand(name) for name in sys.argv[3].split(",")}
 network = ServerNetworkConfiguration(tls_server_name_indication=address, network_timeout=2)
 place = ServerNetworkLocation(hostname=address, ip_address=address, port=port)
-wanted = set(ScanCommand) - {ScanCommand.ROBOT, ScanCommand.HTTP_HEADERS}
 scanner = Scanner(per_server_concurrent_connections_limit=2)
 scanner.queue_scans([ServerScanRequest(place, network_configuration=network, scan_commands=wanted)])
 for found in scanner.get_results():
