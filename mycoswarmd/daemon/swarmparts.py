@@ -127,7 +127,7 @@ async def make_swarm(
     return SwarmParts(
         swarm=swarm,
         fleet=fleet,
-        members=PeerEngines(fleet.states, fleet.client),
+        members=PeerEngines(fleet.states, fleet.client, version=lambda: fleet.version),
         membership=Membership(settings=settings, swarm=swarm, fleet=fleet, tls=tls, clock=clock),
         invitations=invitations,
         newcomer=newcomer,

@@ -239,15 +239,23 @@ class PeerEngines:
         states: Callable[[], Sequence[PeerState]],
         client: Callable[[str], PeerClient | None],
         *,
+        version: Callable[[], int] | None = None,
         patience: Patience | None = None,
     ) -> None:
+        """`version` changes with every change of a state; without it, all are looked at each time."""
         self._states = states
         self._client = client
+        self._version = version
         self._patience = patience
         self._by_id: dict[str, PeerEngine] = {}
+        self._seen = -1
 
     def __call__(self) -> list[PeerEngine]:
         """Return the members of this moment, by name."""
+        version = self._version() if self._version is not None else -1
+        if version == self._seen != -1:
+            return list(self._by_id.values())
+        self._seen = version
         states = sorted(self._states(), key=lambda state: state.member.name)
         known = {}
         for state in states:

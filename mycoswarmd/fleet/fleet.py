@@ -80,6 +80,7 @@ class Fleet:
         self._group: asyncio.TaskGroup | None = None
         self._own: set[PeerAddress] = set()
         self._listeners: list[Callable[[], None]] = []
+        self.version = 0  # of what `states` says, but for how long ago somebody was heard
 
     # --- what is known ---------------------------------------------------------------------------
 
@@ -272,5 +273,6 @@ class Fleet:
             await asyncio.sleep(_TICK_S)
 
     def _tell(self) -> None:
+        self.version += 1
         for listener in list(self._listeners):
             listener()
