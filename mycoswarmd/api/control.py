@@ -357,9 +357,17 @@ async def receipts_verify(call: Call) -> StreamResponse:
 
 def administers(call: Call) -> bool:
     """Tell whether the policy lets the caller administer this node."""
+    return isinstance(_admin_decision(call), Permit)
+
+
+def may_administer(call: Call) -> bool:
+    """Tell whether the caller could administer this node, be it after a person's yes."""
+    return not isinstance(_admin_decision(call), Denied)
+
+
+def _admin_decision(call: Call) -> Permit | NeedsApproval | Denied:
     asked = Request(action=Action.ADMIN, principal=call.principal, start=call.start)
-    request = call.services.prompts.here_and_now(asked)
-    return isinstance(evaluate(call.services.policy.policy, request), Permit)
+    return evaluate(call.services.policy.policy, call.services.prompts.here_and_now(asked))
 
 
 async def _admin_receipt(call: Call, what: str, **facts: object) -> None:

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from aiohttp.web_response import StreamResponse
 
 from mycoswarmd.api.call import Call, json_answer
-from mycoswarmd.api.control import administers
+from mycoswarmd.api.control import administers, may_administer
 from mycoswarmd.api.openai import send
 from mycoswarmd.api.peers import desk_of
 from mycoswarmd.api.services import SwarmDesk
@@ -63,6 +63,7 @@ async def show(call: Call) -> StreamResponse:
             "nodes": _nodes(desk),
             "revoked": [{"id": one, "reason": reason} for one, reason in sorted(roster.revoked.items())],
         }
+    body["may_admin"] = may_administer(call)
     body["invites"] = desk.invitations.listed() if administers(call) else []
     return json_answer(body)
 

@@ -1,13 +1,14 @@
 """`init` and `recover`: the two commands that hold the paper key of a swarm."""
 
 import importlib
+from collections.abc import Sequence
 
-from mycoswarmd.ctl.members import SHORT_ID, ask_first, fetch
+from mycoswarmd.ctl.members import SHORT_ID, ask_first, check_name, fetch, member
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.errors import BadRequest, Conflict, MycoswarmError
+from mycoswarmd.errors import BadRequest, Conflict, Denied, MycoswarmError
 
 # It brings cryptography, which --help does without.
 _PAPER = "mycoswarmd.ctl.paperkey"
@@ -16,7 +17,9 @@ INIT_EXAMPLES = examples(
     "mycoswarmctl init --name home", "mycoswarmctl init --name home --node-name study-pc"
 )
 RECOVER_EXAMPLES = examples(
-    "mycoswarmctl recover --without old-server", "mycoswarmctl recover --restore 2f6kq7ab --without thief-pi"
+    "mycoswarmctl recover --without old-server",
+    "mycoswarmctl recover --restore 2f6kq7ab --without thief-pi",
+    "mycoswarmctl recover --only study-pc --only kitchen-pi",
 )
 
 
@@ -39,6 +42,9 @@ def init(
     and helps when all nodes that may sign are lost or stolen.
     """
     session = begin(ctx, as_json=as_json)
+    check_name(name, "the swarm")
+    if node_name is not None:
+        check_name(node_name, "this node")
     paper = importlib.import_module(_PAPER)
     drawer = paper.find_qr() if qr else None
     if not written and not session.is_interactive():
@@ -47,12 +53,15 @@ def init(
             "cannot ask the recovery key back: nobody is at a terminal",
             hint="say --yes-i-wrote-it-down, and keep the key that is printed",
         )
-    if found := session.local.get("/api/swarm").get("swarm"):
+    known = session.local.get("/api/swarm")
+    if found := known.get("swarm"):
         raise Conflict(
             "already-in-swarm",
             f"cannot begin a swarm: the node is in {found.get('name')!r}",
             hint="mycoswarmctl leave first",
         )
+    if known.get("may_admin") is False:
+        raise Denied("policy-denied", "cannot begin a swarm: the policy does not let you command this node")
     key = paper.make()
     if not as_json:
         paper.show(session, key, drawer)
@@ -82,6 +91,9 @@ def recover(
     restore: list[str] = typer.Option(
         [], "--restore", metavar="ID", help="Take this revoked member back; may be given again."
     ),
+    only: list[str] = typer.Option(
+        [], "--only", metavar="NODE", help="Keep this member and leave out all others; may be given again."
+    ),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask; the key is read from standard input."),
     as_json: bool = JSON,
 ) -> None:
@@ -91,19 +103,43 @@ def recover(
     read and used here: the node never sees it.
     """
     session = begin(ctx, as_json=as_json)
+    if only and without:
+        raise BadRequest("bad-option", "cannot use both --only and --without", hint="give one of them")
     answer = fetch(session, here=True)
-    draft = session.local.post("/api/swarm/recovery/draft", {"without": without, "restore": restore})
+    out = _all_but(answer, only) if only else without
+    drafted = session.local.post("/api/swarm/recovery/draft", {"without": out, "restore": restore})
     paper = importlib.import_module(_PAPER)
+    own, swarm = answer.get("self") or {}, answer["swarm"]
+    epoch = swarm.get("epoch")
+    draft = paper.read_draft(
+        str(drafted.get("body", "")),
+        swarm_id=str(swarm.get("id")),
+        epoch=epoch if isinstance(epoch, int) else 0,
+        node_id=str(own.get("id")),
+    )
     if not as_json:
-        _show(session, answer, draft)
+        _show(session, answer, drafted)
+        said = f"signs, alone: {own.get('name')}, {own.get('id')}; statements kept: {draft.kept}"
+        session.text(f"{said}; recovery number {draft.number} of this swarm")
     ask_first(session, "take the swarm back like this?", yes=yes)
-    key = paper.read(session)
-    statement = key.sign_epoch(str(draft.get("body", "")), str(answer["swarm"].get("id")))
+    statement = paper.read(session).sign(draft)
     done = session.local.post("/api/swarm/recovery", {"statement": statement})
     if as_json:
-        session.document({**done, "keeps": draft.get("keeps", []), "drops": draft.get("drops", [])})
+        told = {
+            "keeps": drafted.get("keeps", []),
+            "drops": drafted.get("drops", []),
+            "statements": draft.kept,
+        }
+        session.document({**done, **told})
     else:
         session.aside("done: this node alone may sign now; add another with `mycoswarmctl signers add`")
+
+
+def _all_but(answer: Doc, only: Sequence[str]) -> list[str]:
+    """Return the ids of all members but these and this node."""
+    kept = {str(member(answer, one)["id"]) for one in only}
+    rows = [row for row in answer.get("nodes") or [] if not row.get("self")]
+    return [str(row["id"]) for row in rows if row["id"] not in kept]
 
 
 def _show(session: Session, answer: Doc, draft: Doc) -> None:

@@ -4,6 +4,7 @@ Law: what cannot be taken back is shown first and asked about; where nobody can 
 """
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 
 from mycoswarmd.ctl.client import segment
@@ -17,6 +18,9 @@ from mycoswarmd.errors import BadRequest, Conflict, MycoswarmError, NotFound
 SHORT_ID = 8
 # It holds an operator's key, and brings cryptography.
 _JOINING = "mycoswarmd.ctl.joining"
+
+# As the node has it (flow/enrol.py); checked here too, before a person has done anything in vain.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 _NODE = typer.Argument(..., metavar="NODE", help="A node's name, its id, or the beginning of its id.")
 _YES = typer.Option(False, "--yes", "-y", help="Do not ask.")
@@ -199,11 +203,21 @@ def fetch(session: Session, *, here: bool = False) -> Doc:
     answer = (session.local if here else session.client).get("/api/swarm")
     if not answer.get("swarm"):
         raise Conflict(
-            "not-in-swarm",
-            "cannot do this: the node is in no swarm",
-            hint="found one with `mycoswarmctl init`, or join one with `mycoswarmctl enroll`",
+            "no-swarm",
+            "cannot do this: this node is in no swarm",
+            hint="mycoswarmctl init begins one, mycoswarmctl enroll joins one",
         )
     return answer
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse what no member, and no swarm, can be called; BadRequest("bad-name")."""
+    if not _NAME.fullmatch(name):
+        raise BadRequest(
+            "bad-name",
+            f"cannot call {what} {name[:80]!r}",
+            hint="letters, digits, dots, dashes and underscores, at most 63, starting with a letter or digit",
+        )
 
 
 def others(answer: Doc) -> list[Doc]:

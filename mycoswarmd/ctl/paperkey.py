@@ -10,10 +10,11 @@ import json
 import re
 import secrets
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 
 from mycoswarmd.core.recovery import format_recovery, parse_recovery
-from mycoswarmd.core.roster import signed
+from mycoswarmd.core.roster import Kind, make_body, signed
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import clean
 from mycoswarmd.ctl.session import Session
@@ -50,17 +51,59 @@ class PaperKey:
         """The half that the swarm keeps."""
         return keys.public_key(self._seed).hex()
 
-    def sign_epoch(self, untrusted_body: str, swarm_id: str) -> Doc:
-        """Sign the draft of a new epoch of this swarm, and nothing else."""
-        try:
-            body = base64.b64decode(untrusted_body, validate=True)
-            facts = json.loads(body)
-        except ValueError as exc:
-            raise LocalProtocolError("bad-answer", "cannot read the node's draft: no statement") from exc
-        if not isinstance(facts, dict) or (facts.get("kind"), facts.get("swarm")) != ("epoch", swarm_id):
-            raise LocalProtocolError("bad-answer", "cannot sign the node's draft: no new epoch of this swarm")
+    def sign(self, draft: "Draft") -> Doc:
+        """Sign a draft that was read, byte for byte as it was read."""
         public = keys.public_key(self._seed)
-        return dict(signed(body, (public, lambda message: keys.sign(self._seed, message))))
+        return dict(signed(draft.body, (public, lambda message: keys.sign(self._seed, message))))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A new epoch of one swarm, as `read_draft` lets it pass.
+
+    Attributes:
+        body: what is signed.
+        number: which epoch it begins.
+        kept: how many statements it keeps.
+    """
+
+    body: bytes
+    number: int
+    kept: int
+
+
+def read_draft(untrusted_body: str, *, swarm_id: str, epoch: int, node_id: str) -> Draft:
+    """Return the draft if it is the very next epoch of this swarm, with one key of this node as its signer.
+
+    The recovery key outranks everybody, so it signs nothing that a node made up: not a far epoch (after
+    which no other could come), not another's signing key, no field that is not looked at here.
+    """
+    try:
+        body = base64.b64decode(untrusted_body, validate=True)
+        facts = json.loads(body)
+        (signer,) = facts["signers"]
+        kept = facts["keep"]
+        expected = make_body(
+            Kind.EPOCH,
+            swarm=swarm_id,
+            epoch=epoch + 1,
+            n=epoch + 1,
+            signers=[{"key": signer["key"], "node": node_id}],
+            keep=kept,
+        )
+    except (ValueError, RecursionError, TypeError, LookupError, BadRequest) as exc:
+        raise _no_draft() from exc
+    if body != expected:
+        raise _no_draft()
+    return Draft(body, epoch + 1, len(kept))
+
+
+def _no_draft() -> LocalProtocolError:
+    return LocalProtocolError(
+        "bad-answer",
+        "cannot sign the node's draft: it is not the next epoch of this swarm with this node as its signer",
+        hint="the node may be taken over: take the paper to another member",
+    )
 
 
 def make() -> PaperKey:

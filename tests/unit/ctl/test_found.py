@@ -1,6 +1,7 @@
 """init and recover: the paper key is made, shown once, asked back and used here; the node never sees it."""
 
 import base64
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from mycoswarmd.core.roster import SIGNING_CONTEXT, Kind, make_body
 from mycoswarmd.ctl import paperkey
 from mycoswarmd.trust import keys
 from tests.unit.ctl.fakenode import Asked, FakeNode, Ran, Reply, answer, ctl, refuse
-from tests.unit.ctl.swarm_data import ALONE, GONE, PC, PI, swarm
+from tests.unit.ctl.swarm_data import ALONE, GONE, HERE, LAPTOP, PC, PERSON, PI, THERE, row, swarm
 
 BEGUN = {"swarm": "5" * 64, "id": PC, "name": "study-pc"}
 SEED = bytes(range(32))
@@ -149,9 +150,26 @@ def test_a_node_that_is_in_a_swarm_shows_no_key(node: FakeNode) -> None:
     assert posts(node) == []
 
 
+@pytest.mark.parametrize("name", ["my house", "", "-x", "x" * 64, "ho/me"])
+def test_a_name_is_looked_at_before_a_key_is_made(fresh: FakeNode, name: str) -> None:
+    for names in (["--name", name], ["--name", "home", "--node-name", name]):
+        ran = ctl(fresh, "init", *names, "--yes-i-wrote-it-down")
+        assert (ran.code, ran.out) == (2, "")
+        assert "bad-name" in ran.err and "throw it away" not in ran.err
+    assert fresh.asked == []
+    assert ctl(fresh, "init", "--name", "x" * 63, "--yes-i-wrote-it-down").code == 0
+
+
+def test_who_may_not_command_the_node_is_shown_no_key(fresh: FakeNode) -> None:
+    fresh.on("GET", "/api/swarm", answer({**ALONE, "may_admin": False}))
+    ran = ctl(fresh, "init", "--name", "home", "--yes-i-wrote-it-down")
+    assert (ran.code, ran.out) == (3, "")
+    assert posts(fresh) == []
+
+
 def test_a_key_without_a_swarm_is_said_to_be_useless(fresh: FakeNode) -> None:
     fresh.on("POST", "/api/swarm/init", refuse(400, "bad-request", "cannot begin a swarm with this name"))
-    ran = ctl(fresh, "init", "--name", "ho/me", "--yes-i-wrote-it-down")
+    ran = ctl(fresh, "init", "--name", "home", "--yes-i-wrote-it-down")
     assert ran.code == 1 and "throw it away" in ran.err
 
 
@@ -188,7 +206,7 @@ def draft(**fields: object) -> dict[str, Any]:
         "swarm": "5" * 64,
         "epoch": 1,
         "n": 1,
-        "signers": [{"key": "a" * 64, "node": "a" * 26}],
+        "signers": [{"key": "a" * 64, "node": PC}],
         "keep": ["b" * 64],
         **fields,
     }
@@ -231,6 +249,7 @@ def test_recovery_is_shown_agreed_to_and_signed_here(lost: FakeNode) -> None:
     assert bytes.fromhex(public) == keys.public_key(SEED)
     assert keys.verify(bytes.fromhex(public), bytes.fromhex(signature), SIGNING_CONTEXT + body)
     assert SEED.hex() not in everything_sent(lost) and PAPER not in everything_sent(lost)
+    assert f"signs, alone: study-pc, {PC}; statements kept: 1; recovery number 1 of this swarm" in ran.out
 
 
 def test_recovery_is_not_signed_without_a_yes_or_with_a_wrong_key(lost: FakeNode) -> None:
@@ -246,27 +265,59 @@ def test_recovery_is_not_signed_without_a_yes_or_with_a_wrong_key(lost: FakeNode
 def test_a_script_gives_the_key_on_its_input(lost: FakeNode) -> None:
     ran = ctl(lost, "recover", "--yes", "--json", stdin=PAPER)
     assert ran.code == 0, ran.out
-    assert ran.json == {"epoch": 1, "keeps": [PC], "drops": [PI]}
+    assert ran.json == {"epoch": 1, "keeps": [PC], "drops": [PI], "statements": 1}
 
 
-@pytest.mark.parametrize(
-    "untrusted",
-    [
-        "",
-        "!",
-        base64.b64encode(b"[]").decode(),
-        base64.b64encode(b'{"kind":"epoch"}').decode(),
-        draft(swarm="6" * 64)["body"],
-        base64.b64encode(
-            make_body(Kind.REVOKE, swarm="5" * 64, epoch=0, node="a" * 26, reason="", by="c" * 64)
-        ).decode(),
-    ],
-)
-def test_the_paper_key_signs_nothing_but_a_new_epoch_of_this_swarm(lost: FakeNode, untrusted: str) -> None:
-    lost.on("POST", "/api/swarm/recovery/draft", answer({"body": untrusted, "keeps": [], "drops": []}))
+def encoded(facts: object) -> str:
+    return base64.b64encode(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).decode()
+
+
+LIES: dict[str, str] = {
+    "nothing": "",
+    "no base64": "!",
+    "no object": encoded([]),
+    "no epoch": encoded({"kind": "epoch"}),
+    "another swarm": draft(swarm="6" * 64)["body"],
+    "a revocation": base64.b64encode(
+        make_body(Kind.REVOKE, swarm="5" * 64, epoch=0, node="a" * 26, reason="", by="c" * 64)
+    ).decode(),
+    "an epoch after which there is none": draft(epoch=1_000_000, n=1_000_000)["body"],
+    "an epoch too far": draft(epoch=2, n=2)["body"],
+    "another's key": draft(signers=[{"key": "a" * 64, "node": PI}])["body"],
+    "a second key": draft(
+        signers=[{"key": "a" * 64, "node": PC}, {"key": "b" * 64, "node": PC}],
+    )["body"],
+    "nobody's key": encoded({**json.loads(base64.b64decode(draft()["body"])), "signers": []}),
+    "a field more": encoded({**json.loads(base64.b64decode(draft()["body"])), "also": 1}),
+    "two numbers": encoded({**json.loads(base64.b64decode(draft()["body"])), "n": 2}),
+    "no canonical form": base64.b64encode(base64.b64decode(draft()["body"]) + b" ").decode(),
+    "kept what is no hash": encoded({**json.loads(base64.b64decode(draft()["body"])), "keep": ["x"]}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_the_paper_key_signs_only_the_next_epoch_of_this_swarm_for_this_node(
+    lost: FakeNode, lie: str
+) -> None:
+    lost.on("POST", "/api/swarm/recovery/draft", answer({"body": LIES[lie], "keeps": [], "drops": []}))
     ran = ctl(lost, "recover", "--yes", "--json", stdin=PAPER)
     assert (ran.code, ran.json["error"]["code"]) == (1, "bad-answer")
     assert "POST /api/swarm/recovery" not in lost.paths()
+
+
+def test_recovery_can_keep_only_who_is_named(lost: FakeNode) -> None:
+    rows = [row(f"{i:x}".rjust(26, "x"), f"junk-{i}") for i in range(300)]
+    lost.on("GET", "/api/swarm", answer(swarm(HERE, THERE, PERSON, *rows)))
+    assert ctl(lost, "recover", "--only", PI[:6], "--restore", GONE, "--yes", stdin=PAPER).code == 0
+    assert posts(lost)[0].json == {"without": [LAPTOP, *(str(one["id"]) for one in rows)], "restore": [GONE]}
+
+
+def test_who_is_kept_is_a_member_and_nobody_is_also_dropped(lost: FakeNode) -> None:
+    ran = ctl(lost, "recover", "--only", "stranger", "--yes", stdin=PAPER)
+    assert ran.code == 1 and "unknown-node" in ran.err
+    ran = ctl(lost, "recover", "--only", PI, "--without", LAPTOP, "--yes", stdin=PAPER)
+    assert ran.code == 2 and "--only" in ran.err
+    assert posts(lost) == []
 
 
 def test_no_trace_of_the_key_is_left_on_disk(lost: FakeNode, tmp_path: Any) -> None:
