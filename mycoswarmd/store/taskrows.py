@@ -81,6 +81,8 @@ def encode_spec(spec: TaskSpec) -> str:
                 "groups": sorted(by.groups),
                 "key": by.key,
                 "node": by.node,
+                "node_id": by.node_id,
+                "operator": by.operator,
                 "agent": by.agent,
             },
         }

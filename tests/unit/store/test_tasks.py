@@ -397,6 +397,19 @@ async def test_events_are_read_in_pieces(store: SqliteTaskStore) -> None:
     assert await store.events(TaskId("a"), after=7, limit=100) == []
 
 
+async def test_every_kind_of_submitter_comes_back(store: SqliteTaskStore) -> None:
+    everybody = [
+        Principal(user="u", uid=7, groups=frozenset({"g"})),
+        Principal(key="laptop"),
+        Principal(node="pi", node_id="a" * 26),
+        Principal(operator="anna", is_owner=True),
+        Principal(agent="scribe"),
+    ]
+    for number, by in enumerate(everybody):
+        await put(store, f"t{number}", make_spec(submitter=by))
+        assert (await store.get(TaskId(f"t{number}"))).spec.submitter == by
+
+
 # -- lists, recovery ------------------------------------------------------------------------------
 
 
