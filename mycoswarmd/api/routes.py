@@ -22,6 +22,7 @@ class Gate(StrEnum):
     OPEN = "open"  # says only what a denied caller may know
     INSIDE = "inside"  # the handler decides, per prompt or per task
     ADMIN = "admin"  # action `admin`
+    MEND = "mend"  # action `admin`; the owner also while there is no policy at all
     SOME_TASK = "some-task"  # whoever may post some task
     OWN_TASK = "own-task"  # the task's submitter, or action `admin`
     INVITED = "invited"  # exists only while an invitation is open
@@ -107,7 +108,7 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", "/api/keys/{name}",               LOCAL,    Gate.ADMIN,     0,                 control.revoke_key),
     Route("GET",    "/api/policy",                    PERSON,   Gate.ADMIN,     0,                 control.policy),
     Route("POST",   "/api/policy/explain",            PERSON,   Gate.ADMIN,     _SMALL,            control.explain),
-    Route("POST",   "/api/policy/reload",             PERSON,   Gate.ADMIN,     _SMALL,            control.reload),
+    Route("POST",   "/api/policy/reload",             PERSON,   Gate.MEND,      _SMALL,            control.reload),
     Route("GET",    "/api/receipts",                  PERSON,   Gate.ADMIN,     0,                 control.receipts),
     Route("GET",    "/api/receipts/head",             PERSON,   Gate.ADMIN,     0,                 control.receipts_head),
     Route("POST",   "/api/receipts/verify",           PERSON,   Gate.ADMIN,     _SMALL,            control.receipts_verify),

@@ -54,11 +54,17 @@ async def show(call: Call) -> StreamResponse:
                 "id": roster.swarm_id,
                 "name": roster.name,
                 "epoch": roster.epoch,
+                "recovery": roster.recovery.hex(),
                 "statements": len(roster.hashes),
                 "digest": roster.digest,
                 "problems": list(roster.problems),
             },
-            "self": None if me is None else {"id": me.id, "name": me.name, "signer": desk.swarm.is_signer()},
+            # A node that was put out is still itself, and may be where the swarm is taken back.
+            "self": {
+                "id": self_id,
+                "name": me and me.name,
+                "signer": me is not None and desk.swarm.is_signer(),
+            },
             "roster_age_s": None if isinstance(age_s, Unknown) else age_s,
             "nodes": _nodes(desk),
             "revoked": [{"id": one, "reason": reason} for one, reason in sorted(roster.revoked.items())],

@@ -125,6 +125,17 @@ def test_a_broken_policy_denies_everything_but_status(state: Path) -> None:
         assert daemon.call("POST", "/api/tasks", {"prompt": "x", "agent": "scribe"}).status == 403
 
 
+def test_the_owner_mends_a_policy_that_was_broken_from_the_start(state: Path) -> None:
+    good = (state / "policy.toml").read_text()
+    write_private(state / "policy.toml", "schema = 1\nname = ")
+    with node(state) as it:
+        assert it.call("POST", "/api/policy/reload").status == 403  # still broken: said, and nothing changes
+        assert it.call("GET", "/api/keys").status == 403
+        write_private(state / "policy.toml", good)
+        assert it.call("POST", "/api/policy/reload").status == 200
+        assert it.call("GET", "/api/keys").status == 200
+
+
 def test_a_failed_reload_keeps_the_policy_and_turns_status_yellow(state: Path) -> None:
     body = {"model": "ok", "messages": [{"role": "user", "content": "hi"}]}
     with node(state) as daemon:
