@@ -119,10 +119,13 @@ def recover(
     )
     if not as_json:
         _show(session, answer, drafted)
-        said = f"signs, alone: {own.get('name')}, {own.get('id')}; statements kept: {draft.kept}"
+        said = (
+            f"signs, alone: {own.get('name') or 'this node'}, {own.get('id')}; statements kept: {draft.kept}"
+        )
         session.text(f"{said}; recovery number {draft.number} of this swarm")
     ask_first(session, "take the swarm back like this?", yes=yes)
-    statement = paper.read(session).sign(draft)
+    key = paper.read(session, swarm=str(swarm.get("name")), public_hex=str(swarm.get("recovery")))
+    statement = key.sign(draft)
     done = session.local.post("/api/swarm/recovery", {"statement": statement})
     if as_json:
         told = {
@@ -144,6 +147,7 @@ def _all_but(answer: Doc, only: Sequence[str]) -> list[str]:
 
 def _show(session: Session, answer: Doc, draft: Doc) -> None:
     names = {str(row.get("id")): row.get("name") for row in answer.get("nodes") or []}
+    names.setdefault(str((answer.get("self") or {}).get("id")), "this node")  # where it was put out
     for key, colour in (("keeps", "green"), ("drops", "red")):
         for node_id in map(str, draft.get(key) or []):
             name = f"{names[node_id]} ({node_id[:SHORT_ID]})" if node_id in names else node_id

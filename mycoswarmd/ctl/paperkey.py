@@ -162,17 +162,38 @@ def ask_back(session: Session, key: PaperKey) -> None:
         session.aside(f"that is not group {left[0] + 1}; {tries} more")
 
 
-def read(session: Session) -> PaperKey:
-    """Read the key from a person, or from standard input, on one line or on several."""
+def read(session: Session, *, swarm: str, public_hex: str) -> PaperKey:
+    """Read the key of this swarm from a person, or from standard input, on one line or on several.
+
+    A person may try three times; nothing is signed with the key of another swarm.
+    """
     if session.is_interactive():
         session.aside("Type the recovery key from your paper. Spaces and line ends do not matter.")
+    for left in reversed(range(_TRIES if session.is_interactive() else 1)):
+        try:
+            return _read_once(session, swarm, public_hex)
+        except (BadRequest, Conflict) as exc:
+            if left == 0 or exc.code == "cannot-ask":
+                raise
+            session.aside(f"{exc.message}; {left} more")
+    raise AssertionError
+
+
+def _read_once(session: Session, swarm: str, public_hex: str) -> PaperKey:
     typed = ""
     while len(_folded(typed)) < _KEY_CHARS:
         untrusted = _ask("> " if session.is_interactive() else "")
         if not untrusted.strip():
             break
         typed += untrusted
-    return PaperKey(parse_recovery(typed))
+    key = PaperKey(parse_recovery(typed))
+    if key.public_hex != public_hex:
+        raise Conflict(
+            "wrong-recovery-key",
+            f"cannot take the swarm back: this is not the recovery key of swarm {swarm!r}",
+            hint="nothing was changed; is it the paper of another swarm?",
+        )
+    return key
 
 
 def _ask(question: str) -> str:

@@ -366,9 +366,7 @@ def test_the_paper_key_takes_the_swarm_back(tmp_path: Path) -> None:
             "--state", str(honest.state), "recover", "--without", "thief", "--restore", honest_id
         )
         person.expect(r"take the swarm back like this\? \[y/N\]")
-        assert re.search(r"keeps\S*  " + honest_id, person.seen) and re.search(
-            r"drops\S*  thief", person.seen
-        )
+        assert re.search(r"keeps\S*  this node", person.seen) and re.search(r"drops\S*  thief", person.seen)
         person.type("y")
         person.expect("recovery key from your paper")
         person.type(key.replace("-", " ").lower())

@@ -6,6 +6,8 @@ from typing import Any
 PC = "aaaaaaaabbbbbbbbccccccccdd"
 PI = "eeeeeeeeffffffffgggggggghh"
 LAPTOP = "iiiiiiiijjjjjjjjkkkkkkkkll"
+# The public half of the recovery key whose secret is the bytes 0, 1, 2, .. 31 (Ed25519).
+RECOVERY = "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"
 GONE = "mmmmmmmmnnnnnnnnooooooooqq"
 
 WORD: dict[str, Any] = {
@@ -61,6 +63,7 @@ def swarm(*nodes: Mapping[str, Any], **fields: object) -> dict[str, Any]:
             "id": "5" * 64,
             "name": "home",
             "epoch": 0,
+            "recovery": RECOVERY,
             "statements": 4,
             "digest": "d1" * 32,
             "problems": [],

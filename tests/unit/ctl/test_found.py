@@ -256,10 +256,34 @@ def test_recovery_is_not_signed_without_a_yes_or_with_a_wrong_key(lost: FakeNode
     assert ctl(lost, "recover", stdin=f"n\n{PAPER}\n", terminal=True).code == 1
     assert ctl(lost, "recover", stdin=f"{PAPER}\n").code == 2
     wrong = ("Z" if PAPER[0] != "Z" else "Y") + PAPER[1:]
-    ran = ctl(lost, "recover", stdin=f"y\n{wrong}\n", terminal=True)
+    ran = ctl(lost, "recover", "--yes", stdin=wrong)
     assert ran.code == 2 and "bad-recovery-key" in ran.err
     assert ctl(lost, "recover", "--yes", stdin="").code == 2
     assert [asked.path for asked in posts(lost)] == ["/api/swarm/recovery/draft"] * 4
+
+
+def test_a_mistyped_key_may_be_typed_again_twice(lost: FakeNode) -> None:
+    wrong = ("Z" if PAPER[0] != "Z" else "Y") + PAPER[1:]
+    ran = ctl(lost, "recover", stdin=f"y\n{wrong}\n{wrong}\n{PAPER}\n", terminal=True)
+    assert ran.code == 0, ran.err
+    assert "2 more" in ran.err and "1 more" in ran.err
+    ran = ctl(lost, "recover", stdin=f"y\n{wrong}\n{wrong}\n{wrong}\n{PAPER}\n", terminal=True)
+    assert ran.code == 2 and "bad-recovery-key" in ran.err
+
+
+def test_the_key_of_another_swarm_signs_nothing(lost: FakeNode) -> None:
+    other = paperkey.PaperKey(bytes(32)).text
+    ran = ctl(lost, "recover", "--yes", stdin=other)
+    assert ran.code == 1
+    assert "not the recovery key of swarm 'home'" in ran.err and "nothing was changed" in ran.err
+    assert [asked.path for asked in posts(lost)] == ["/api/swarm/recovery/draft"]
+
+
+def test_a_node_that_was_put_out_is_named_as_itself(lost: FakeNode) -> None:
+    lost.on("GET", "/api/swarm", answer(swarm(THERE, self={"id": PC, "name": None, "signer": False})))
+    ran = ctl(lost, "recover", "--restore", PC, stdin=f"y\n{PAPER}\n", terminal=True)
+    assert ran.code == 0, ran.err
+    assert "keeps\x1b[0m  this node (aaaaaaaa)" in ran.out and f"signs, alone: this node, {PC}" in ran.out
 
 
 def test_a_script_gives_the_key_on_its_input(lost: FakeNode) -> None:
