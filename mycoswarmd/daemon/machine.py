@@ -14,7 +14,7 @@ from mycoswarmd.daemon.policyfile import PolicyKeeper
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.daemon.swarmparts import SwarmParts
 from mycoswarmd.flow.ports import Clock, Engine
-from mycoswarmd.flow.swarmports import PeerAddress
+from mycoswarmd.flow.swarmports import PeerAddress, PeerState
 from mycoswarmd.inventory.gpu import Gpus
 from mycoswarmd.inventory.host import Host, own_memory_bytes, tier_of
 from mycoswarmd.sandbox.capability import Capability
@@ -137,7 +137,12 @@ class NodeMachine:
             problems.append(f"the swarm cannot reach this node: {membership.problem}")
         if membership.discovery is not None and membership.discovery.state == "down":
             problems.append(f"other nodes are not looked for: {membership.discovery.detail}")
-        problems += [f"node {one.member.name}: {one.alarm}" for one in self._fleet.states() if one.alarm]
+        states = self._fleet.states()
+        problems += [f"node {one.member.name}: {one.alarm}" for one in states if one.alarm]
+        if _is_refused(states):
+            problems.append(
+                "other nodes refuse this key: was it put out? (mycoswarmctl leave, then enroll again)"
+            )
         age_s = self._swarm.age_s()
         if not isinstance(age_s, Unknown) and age_s > _ROSTER_OLD_S:
             problems.append(f"no signer was heard for {age_s // 86_400} days: revocations may not have come")
@@ -230,6 +235,11 @@ class NodeMachine:
                 )
             )
         return checks
+
+
+def _is_refused(states: Sequence[PeerState]) -> bool:
+    """Tell whether somebody refuses this node and nobody lets it in: a revocation may not have come here."""
+    return any(one.code == "peer-refuses-us" for one in states) and not any(one.word for one in states)
 
 
 def _check(

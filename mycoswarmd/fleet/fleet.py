@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _STATIC_S = 5.0
 _SPREAD_S = 3.0
+_PING_S = 4.0
 # Of what one member says about others.
 _TOLD_IDS, _TOLD_ADDRESSES = 64, 4
 
@@ -172,16 +173,20 @@ class Fleet:
                     group.create_task(link.give(statements))
 
     async def ping(self, node_id: str) -> float:
-        """Ask a member something small and return the milliseconds until its answer."""
+        """Ask a member something small and return the milliseconds until its answer.
+
+        One that is away is dialled now, and waited for a few seconds.
+        """
         if node_id not in self._links:
             raise NotFound("unknown-node", f"cannot ping {node_id[:80]!r}: it is no other node of this swarm")
         link, _ = self._links[node_id]
+        link.wake()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PING_S):
+                await link.ready()
         if link.client is None:
-            state = link.state()
             raise Unavailable(
-                "peer-unreachable",
-                f"cannot ping {link.member.name!r}: it is {state.state}",
-                hint=state.detail,
+                "peer-unreachable", f"cannot ping {link.member.name!r}: {link.state().detail or 'no answer'}"
             )
         return await link.ping(link.client)
 

@@ -80,6 +80,7 @@ class Link:
         self._around = around
         self._state = Reach.UNKNOWN
         self._detail = "nobody has said yet where it is"
+        self._code = ""
         self._seen_s: float | None = None
         self._spoke = asyncio.Event()  # set and replaced whenever something comes from it
         self._address: PeerAddress | None = None
@@ -101,6 +102,7 @@ class Link:
             member=self.member,
             state=self._state,
             detail=self._detail,
+            code=self._code,
             address=address,
             last_seen_s=None if self._seen_s is None else now_s - self._seen_s,
             rtt_ms=self._rtt_ms,
@@ -112,6 +114,11 @@ class Link:
     def is_ready(self) -> bool:
         """Whether the member may be used."""
         return self._state is Reach.READY
+
+    async def ready(self) -> None:
+        """Wait until the member may be used."""
+        while not self.is_ready:
+            await self._became_ready.wait()
 
     def wake(self) -> None:
         """Dial now, if it is waiting to."""
@@ -184,7 +191,7 @@ class Link:
         finally:
             self._current = self.client = None
             self.word = None
-        self._set(Reach.UNREACHABLE, failure.message)
+        self._set(Reach.UNREACHABLE, failure.message, failure.code)
         self._end_sync()
         self._around.failed(self, failure)
 
@@ -200,7 +207,7 @@ class Link:
                 failure = exc
                 # Out of routing before anything else is awaited.
                 self.client = self.word = None
-                self._set(Reach.UNREACHABLE, exc.message)
+                self._set(Reach.UNREACHABLE, exc.message, exc.code)
             finally:
                 for task in beside:
                     task.cancel()
@@ -334,9 +341,11 @@ class Link:
         self._rtt_ms = (self._around.clock.monotonic_s() - begun_s) * 1000
         return self._rtt_ms
 
-    def _set(self, state: Reach, detail: str) -> None:
+    def _set(self, state: Reach, detail: str, code: str = "") -> None:
         is_news = (state, detail) != (self._state, self._detail)
-        self._state, self._detail = state, detail
+        self._state, self._detail, self._code = state, detail, code
+        if state is not Reach.READY:
+            self._became_ready.clear()
         if is_news:
             self._around.changed()
 

@@ -62,6 +62,7 @@ class PeerState:
     member: Member
     state: Reach
     detail: str = ""  # for a person: why it is not ready
+    code: str = ""  # of the error that says so
     address: PeerAddress | None = None  # where it was last reached
     last_seen_s: float | None = None  # ago
     rtt_ms: float | None = None

@@ -272,6 +272,20 @@ def test_a_killed_node_is_marked_and_comes_back_by_itself(pair: tuple[Member, Me
     until(lambda: ask(pi, "ok")[0] == 200)
 
 
+def test_a_ping_tries_now(pair: tuple[Member, Member]) -> None:
+    workstation, pi = pair
+    workstation.node.kill()
+    until(lambda: not pi.reaches("ws"))
+    refused = pi.node.call("GET", "/api/swarm/nodes/ws/ping")
+    assert refused.status == 503
+    assert "127.0.0.1" in refused.json["error"]["message"]  # where it was tried, not only that it was
+    time.sleep(3)  # by now it is dialled less often than a person waits
+    workstation.node.start()
+    answer = pi.node.call("GET", "/api/swarm/nodes/ws/ping")
+    assert answer.status == 200, answer.body
+    assert answer.json["ms"] > 0
+
+
 def test_a_person_has_to_say_yes_where_the_invitation_says_so(tmp_path: Path) -> None:
     founder, newcomer = Member(tmp_path, "founder"), Member(tmp_path, "newcomer")
     with swarm_of(tmp_path, founder):
