@@ -227,24 +227,59 @@ def test_what_is_told_to_be_dropped_and_new_is_the_difference(a: list[Statement]
 # --- what it means: against a naive reading of the specification ---------------------------------
 
 
-def naive_signers(held: Sequence[Statement], roots: set[str]) -> tuple[set[str], dict[str, list[set[str]]]]:
+def naive_signers(
+    held: Sequence[Statement], roots: dict[str, str], kept: Iterable[str] = ()
+) -> tuple[set[str], dict[str, list[set[str]]]]:
     """Return the keys whose statements may count, and for each removed key what each removal keeps."""
     removals: dict[str, list[set[str]]] = {}
     for one in held:
         if one.kind is Kind.DROP_SIGNER:
             removals.setdefault(one.facts["key"], []).append(set(one.facts["keep"]))
-    legitimate = set(roots)
-    while True:
-        more = {
-            one.facts["key"]
-            for one in held
-            if one.kind is Kind.ADD_SIGNER
-            and one.facts["by"] in legitimate
-            and all(one.sha256 in keep for keep in removals.get(one.facts["by"], []))
-        }
-        if more <= legitimate:
-            return legitimate, removals
-        legitimate |= more
+    edges = [(one.facts["old"], one.facts["node"]) for one in held if one.kind is Kind.REKEY]
+
+    def origin(node: str) -> str:
+        path = [node]
+        while len(olds := [old for old, new in edges if new == path[-1]]) == 1:
+            if olds[0] in path:
+                return node
+            path += olds
+        return path[-1]
+
+    def pairs(silent: set[str]) -> set[tuple[str, str]]:
+        found = {(key, origin(node)) for key, node in roots.items()}
+        while True:
+            keys = {key for key, _ in found}
+            counting = [
+                one
+                for one in held
+                if one.facts.get("by") in keys - silent
+                and all(one.sha256 in keep for keep in removals.get(one.facts["by"], []))
+            ]
+            counting += [one for one in held if one.sha256 in kept]
+            admitted = {
+                one.facts["node"]
+                for one in counting
+                if one.kind is Kind.ADMIT and one.facts["role"] == "node"
+            } | set(map(origin, roots.values()))
+            more = {
+                (one.facts["key"], origin(one.facts["node"]))
+                for one in counting
+                if one.kind is Kind.ADD_SIGNER
+            }
+            more = {(key, node) for key, node in more if node in admitted and key not in roots}
+            if more <= found:
+                return found
+            found |= more
+
+    said = pairs(set())
+    used = [(key, node) for key, node in said if key not in removals]
+    disputed = {
+        key
+        for key, node in used
+        if key not in roots
+        and sum(key == other for other, _ in used) + sum(node == other for _, other in used) > 2
+    }
+    return {key for key, _ in pairs(disputed)} - disputed, removals
 
 
 def naive_members(whole: StatementSet) -> dict[str, str]:
@@ -252,7 +287,8 @@ def naive_members(whole: StatementSet) -> dict[str, str]:
     held = list(whole.by_hash.values())
     epochs = [one for one in held if one.kind is Kind.EPOCH]
     assume(len(epochs) <= 1)
-    roots = {one["key"] for epoch in epochs for one in epoch.facts["signers"]} or {SIGNERS[0].hex}
+    roots = {one["key"]: one["node"] for epoch in epochs for one in epoch.facts["signers"]}
+    roots = roots or {SIGNERS[0].hex: M.first.id}
     n = max((epoch.epoch for epoch in epochs), default=0)
     kept = {
         sha256
@@ -260,7 +296,7 @@ def naive_members(whole: StatementSet) -> dict[str, str]:
         for sha256 in epoch.facts["keep"]
         if whole.by_hash.get(sha256, epoch).epoch < n
     }
-    legitimate, removals = naive_signers(held, roots)
+    legitimate, removals = naive_signers(held, roots, kept)
     out = {one.facts["node"] for one in held if one.kind in (Kind.REVOKE, Kind.LEAVE)}
     edges = [(one.facts["old"], one.facts["node"]) for one in held if one.kind is Kind.REKEY]
     names: dict[str, str] = {}
@@ -431,7 +467,7 @@ def test_new_machines_come_by_signers_that_count_only(a: list[Statement], b: lis
     """Whatever is added: who is new was admitted by such a signer, or follows somebody who was."""
     whole = settle([a, b])
     held = list(whole.by_hash.values())
-    legitimate, _ = naive_signers(held, {SIGNERS[0].hex})
+    legitimate, _ = naive_signers(held, {SIGNERS[0].hex: M.first.id})
     origin = {one.facts["node"]: one.facts["old"] for one in held if one.kind is Kind.REKEY}
     admitted = {one.facts["node"] for one in held if one.kind is Kind.ADMIT and one.facts["by"] in legitimate}
     for node in live(whole):

@@ -16,6 +16,7 @@ from mycoswarmd.core.roster.settle import MAX_REKEYS
 from mycoswarmd.core.roster.statement import (
     MAX_BODY_BYTES,
     MAX_EPOCH,
+    MAX_KEEP_BODY_BYTES,
     SIGNING_CONTEXT,
     CertFacts,
     Kind,
@@ -30,14 +31,16 @@ from mycoswarmd.core.roster.statement import (
     parse_statement,
     signed,
 )
-from mycoswarmd.core.roster.statements import MAX_STATEMENTS, StatementSet
+from mycoswarmd.core.roster.statements import MAX_ROSTER_BYTES, MAX_STATEMENTS, StatementSet
 from mycoswarmd.core.roster.view import Member, Roster, digest_of
 
 __all__ = [
     "BEACON_CONTEXT",
     "MAX_BODY_BYTES",
     "MAX_EPOCH",
+    "MAX_KEEP_BODY_BYTES",
     "MAX_REKEYS",
+    "MAX_ROSTER_BYTES",
     "MAX_STATEMENTS",
     "SIGNING_CONTEXT",
     "Beacon",

@@ -74,7 +74,6 @@ def settle(genesis: Statement, statements: Iterable[Statement]) -> Settled:
             is_vouched = one.facts["by"] in ever or settled.footing.keeps(one)
             (settled.by_kind[kind] if is_vouched else settled.refused).append(one)
     _settle_members(settled, current[Kind.REKEY], current[Kind.LEAVE])
-    _refuse_strangers(settled, given)
     return settled
 
 
@@ -127,34 +126,19 @@ def _signers_ever(settled: Settled, additions: Sequence[Statement]) -> set[str]:
 
 
 def _settle_members(settled: Settled, rekeys: Sequence[Statement], leaves: Sequence[Statement]) -> None:
-    """Take what members say of their own keys, a bounded number of statements for each admission."""
+    """Take what members say of their own keys, a bounded number of statements for each admission.
+
+    What is said of keys that nobody admitted is not refused: the admission may be overtaken, here and not
+    where it comes from.
+    """
     by_old = defaultdict(list)
     for one in rekeys:
         by_old[one.facts["old"]].append(one)
     depths = dict.fromkeys((one.facts["node"] for one in settled.by_kind[Kind.ADMIT]), 0)
     for node in (reached := list(depths)):  # breadth first: `reached` grows while it is walked
-        branches = by_old[node][:_FORK]
-        if depths[node] == MAX_REKEYS:
-            settled.refused += branches
-            continue
+        branches = by_old[node][:_FORK] if depths[node] < MAX_REKEYS else []
         settled.by_kind[Kind.REKEY] += branches
         if len(branches) == 1 and (new := branches[0].facts["node"]) not in depths:
             depths[new] = depths[node] + 1
             reached.append(new)
     settled.by_kind[Kind.LEAVE] += [one for one in leaves if one.facts["node"] in depths]
-
-
-def _refuse_strangers(settled: Settled, given: Mapping[Kind, Sequence[Statement]]) -> None:
-    """Refuse what is said of keys that nobody ever admitted; below a fork, say, it is overtaken instead."""
-    by_old = defaultdict(list)
-    for one in given[Kind.REKEY]:
-        by_old[one.facts["old"]].append(one.facts["node"])
-    known = {one.facts["node"] for one in given[Kind.ADMIT]}
-    for node in (reached := list(known)):
-        news = [new for new in by_old[node] if new not in known]
-        known.update(news)
-        reached += news
-    for one in (*given[Kind.REKEY], *given[Kind.LEAVE]):
-        whose = one.facts["old" if one.kind is Kind.REKEY else "node"]
-        if one.epoch == settled.footing.epoch and whose not in known:
-            settled.refused.append(one)

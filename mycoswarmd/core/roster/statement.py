@@ -26,12 +26,16 @@ Verify = Callable[[bytes, bytes, bytes], bool]
 
 SIGNING_CONTEXT: Final = b"mycoswarm-roster-v1\0"
 MAX_BODY_BYTES: Final = 64 << 10
+# Of those that list what stays: as many hashes as a roster can have.
+MAX_KEEP_BODY_BYTES: Final = 1 << 20
 MAX_REASON_CHARS: Final = 200
 # A number that a person could reach; the recovery key cannot lock itself out with a giant one.
 MAX_EPOCH: Final = 1_000_000
 _MAX_CERT_CHARS: Final = 4_096
 _MAX_SIGNERS: Final = 64
 _VERSION: Final = 1
+_KEEP: Final = b'"keep":['
+_KEEP_WITHIN_BYTES: Final = 128
 _NODE_ID: Final = re.compile(r"[a-z2-7]{26}")
 _HEX_16_BYTES: Final = re.compile(r"[0-9a-f]{32}")
 _HEX_32_BYTES: Final = re.compile(r"[0-9a-f]{64}")
@@ -148,9 +152,9 @@ def parse_statement(untrusted: object, *, verify: Verify, read_cert: ReadCert) -
     """
     if not isinstance(untrusted, dict) or untrusted.keys() != {"body", "sigs"}:
         raise refused("it is not an object with a body and its signatures")
-    body = _base64(untrusted["body"], max_chars=(MAX_BODY_BYTES + 2) // 3 * 4)
+    body = _base64(untrusted["body"], max_chars=(MAX_KEEP_BODY_BYTES + 2) // 3 * 4)
     if body is None:
-        raise refused(f"its body is not base64 of at most {MAX_BODY_BYTES:,} bytes")
+        raise refused(f"its body is not base64 of at most {MAX_KEEP_BODY_BYTES:,} bytes")
     kind, facts = _read_body(body)
     if "cert" in facts:
         der = base64.b64decode(facts["cert"])
@@ -229,8 +233,10 @@ def _signers(kind: Kind, facts: Mapping[str, Any], claims: Mapping[str, object])
 
 def _read_body(untrusted: bytes) -> tuple[Kind, dict[str, Any]]:
     """Return the fields of a body that has exactly those of its kind, in canonical form."""
-    if len(untrusted) > MAX_BODY_BYTES:
-        raise refused(f"it has more than {MAX_BODY_BYTES:,} bytes")
+    has_keep = _KEEP in untrusted[:_KEEP_WITHIN_BYTES]  # it is sorted, so this is near the beginning
+    most = MAX_KEEP_BODY_BYTES if has_keep else MAX_BODY_BYTES
+    if len(untrusted) > most:
+        raise refused(f"it has more than {most:,} bytes")
     try:
         body = json.loads(untrusted)
         is_canonical = canonical(body) == untrusted

@@ -4,7 +4,7 @@ Law: a set, and nothing but a set. The order in which statements came, and in wh
 adding is all or nothing; and what it means is worked out anew from all of them after each change.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Final
@@ -15,6 +15,11 @@ from mycoswarmd.core.roster.view import Roster, View
 from mycoswarmd.errors import BadRequest, Unavailable
 
 MAX_STATEMENTS: Final = 10_000
+MAX_ROSTER_BYTES: Final = 14 << 20  # of the bodies together; in base64 and in JSON it is below 24 MiB
+# Of both bounds, what only the putting out of somebody may use: a stolen signer that fills the roster
+# cannot keep the others from removing it.
+RESERVED_STATEMENTS: Final = 500
+RESERVED_BYTES: Final = 2 << 20
 
 
 class StatementSet:
@@ -63,11 +68,12 @@ class StatementSet:
         other.__dict__.update(self.__dict__)  # what is in it is replaced, never changed
         return other
 
-    def add(self, statements: Iterable[Statement]) -> tuple[Statement, ...]:
+    def add(self, statements: Iterable[Statement], *, whole: bool = False) -> tuple[Statement, ...]:
         """Add statements that belong here and return those that were new, in order.
 
         Those that are known, or overtaken by a newer epoch, are ignored. One whose signer is none of this
-        swarm, judged by the set and all that come with it, refuses them all; so does one too many.
+        swarm, judged by the set and all that come with it, refuses them all; so does one too many. The last
+        places are for what is `urgent`, unless this is the `whole` of what somebody holds.
 
         Raises:
             BadRequest: bad-statement, other-swarm.
@@ -82,16 +88,17 @@ class StatementSet:
             if one.sha256 in new:
                 raise self._refusal(one)
         by_hash = {one.sha256: one for one in settled.ordered()}
-        if len(by_hash) > MAX_STATEMENTS:
+        added = tuple(one for one in by_hash.values() if one.sha256 in new)
+        if self._is_too_much(by_hash, added, whole=whole):
             raise Unavailable(
                 "roster-full",
-                f"cannot keep more than {MAX_STATEMENTS:,} statements in a roster",
+                f"cannot keep more than {MAX_STATEMENTS:,} statements, or {MAX_ROSTER_BYTES >> 20} MiB, in a "
+                "roster",
                 hint="mycoswarmctl recover begins a new epoch, which drops what is not needed any more",
             )
         if by_hash.keys() == self._by_hash.keys():
             return ()
         self._pruned = tuple(sorted(self._by_hash.keys() - by_hash.keys()))
-        added = tuple(one for one in by_hash.values() if one.sha256 in new)
         self._settled, self._by_hash = settled, by_hash
         self.__dict__.pop("_view", None)
         self.__dict__.pop("roster", None)
@@ -105,9 +112,48 @@ class StatementSet:
         """Return the hashes of what a key (in hex) gave and still counts: what its removal should keep."""
         return self._view.signed_by(key)
 
+    def signing_keys(self) -> Mapping[str, frozenset[str]]:
+        """Return the keys in use, disputed ones too, with the ids that are said to hold each.
+
+        A key stands after the one that named it.
+        """
+        return self._view.claims()
+
+    def removed_keys(self) -> frozenset[str]:
+        """Return the keys that sign no more in this epoch."""
+        return self._view.removed
+
     def admissions(self, ids: Iterable[str]) -> frozenset[str]:
         """Return the hashes that make these ids members, also ids that are out: what an epoch should keep."""
         return self._view.admissions(ids)
+
+    def urgent(self, statements: Iterable[Statement]) -> list[Statement]:
+        """Return the epochs, and what puts out somebody who is in now, by signers that count or by itself."""
+        return [one for one in statements if self._is_urgent(one)]
+
+    def _is_urgent(self, one: Statement) -> bool:
+        is_signed = one.facts.get("by") in self.roster.signers
+        match one.kind:
+            case Kind.EPOCH:
+                return True
+            case Kind.LEAVE:
+                return one.facts["node"] in self.roster.members
+            case Kind.REVOKE:
+                return is_signed and one.facts["node"] in self.roster.members
+            case Kind.DROP_SIGNER:
+                return is_signed and one.facts["key"] in self.signing_keys()
+            case _:
+                return False
+
+    def _is_too_much(
+        self, after: Mapping[str, Statement], fresh: Sequence[Statement], *, whole: bool
+    ) -> bool:
+        statements, size_bytes = len(after), sum(len(one.body) for one in after.values())
+        is_urgent = whole or all(map(self._is_urgent, fresh))
+        room = 0 if is_urgent else 1
+        is_over = statements > MAX_STATEMENTS - room * RESERVED_STATEMENTS
+        is_over = is_over or size_bytes > MAX_ROSTER_BYTES - room * RESERVED_BYTES
+        return is_over and not all(one.kind is Kind.EPOCH for one in fresh)
 
     def _refusal(self, one: Statement) -> BadRequest:
         if one.swarm != self._genesis.sha256:

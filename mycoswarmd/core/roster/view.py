@@ -15,6 +15,8 @@ from mycoswarmd.core.roster.statement import Kind, Statement
 from mycoswarmd.core.types import Role
 
 _SUFFIX_CHARS = 4
+# A stolen signer can make thousands of things to complain of; a person reads a few.
+_MAX_PROBLEMS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +80,13 @@ class View:
 
     def __init__(self, settled: Settled) -> None:
         self._settled = settled
+        self._alarms: set[str] = set()  # about who may sign: before all others
         self._problems: set[str] = set()
         self._kept_of = self._removals()
-        self._legitimate = self._legitimate_signers()
         self._parents, self._children = self._family()
+        self._claims = self._find_claims(frozenset())
+        self._disputed = self._find_disputed()
+        self._legitimate = self._find_claims(self._disputed) if self._disputed else self._claims
         self._revoked = self._find_revoked()
         self._chains = {chain.ids[-1]: chain for chain in self._find_chains()}
         self._current = {node: ids[-1] for ids in (one.ids for one in self._chains.values()) for node in ids}
@@ -90,9 +95,9 @@ class View:
         """Return the view for everybody else."""
         genesis = self._settled.genesis.facts
         signers = {
-            key: self._current.get(node, node)
-            for key, node in sorted(self._legitimate.items())
-            if key not in self._kept_of
+            key: self._newest(node)
+            for key, (node, *_) in sorted(self._legitimate.items())
+            if key not in self._kept_of and key not in self._disputed
         }
         nodes = frozenset(signers.values())
         members = self._named(
@@ -112,13 +117,42 @@ class View:
             revoked=MappingProxyType(self._revoked),
             digest=digest_of(hashes),
             hashes=hashes,
-            problems=tuple(sorted(self._problems)),
+            problems=self._told(),
         )
 
+    @property
+    def removed(self) -> frozenset[str]:
+        """The keys that sign no more in this epoch."""
+        return frozenset(self._kept_of)
+
+    def claims(self) -> dict[str, frozenset[str]]:
+        """Return the keys that were not removed, disputed ones too, with the ids that are said to hold each.
+
+        A key stands after the one that named it.
+        """
+        return {
+            key: frozenset(map(self._newest, nodes))
+            for key, nodes in self._claims.items()
+            if key not in self._kept_of
+        }
+
     def signed_by(self, key: str) -> frozenset[str]:
-        """Return the statements of a key that give something and count: what its removal should keep."""
+        """Return the statements of a key that give something and count: what its removal should keep.
+
+        Not the signing keys that belong to no live member: they would be a way back in.
+        """
         given = (*self._of(Kind.ADMIT), *self._of(Kind.ADD_SIGNER))
-        return frozenset(one.sha256 for one in given if one.facts["by"] == key and self._counts(one))
+        return frozenset(
+            one.sha256
+            for one in given
+            if one.facts["by"] == key
+            and self._counts(one)
+            and (
+                one.kind is Kind.ADMIT
+                or one.facts["key"] in self._kept_of
+                or self._is_live(self._newest(self._origin(one.facts["node"])))
+            )
+        )
 
     def admissions(self, ids: Iterable[str]) -> frozenset[str]:
         """Return the admissions and rekeys that make these ids what they are, also of ids that are out."""
@@ -147,40 +181,99 @@ class View:
         """Tell whether no removal of its signer voids a statement."""
         return one.facts["by"] not in self._kept_of or one.sha256 in self._kept_of[one.facts["by"]]
 
-    def _legitimate_signers(self) -> dict[str, str]:
-        """Return the keys that statements which count lead to, removed ones too, with their nodes."""
-        by_signer = defaultdict(list)
-        for one in self._of(Kind.ADD_SIGNER):
-            if self._stands(one):
-                by_signer[one.facts["by"]].append(one)
-        legitimate = dict(self._settled.footing.roots)
-        for key in (reached := sorted(legitimate)):  # grows while it is walked
-            for one in by_signer[key]:
-                if one.facts["key"] not in legitimate:
-                    legitimate[one.facts["key"]] = one.facts["node"]
-                    reached.append(one.facts["key"])
-        return legitimate
+    def _find_claims(self, silent: frozenset[str]) -> dict[str, dict[str, None]]:
+        """Return the keys that statements which count lead to, removed ones too, with who holds each.
+
+        A key counts once somebody who was admitted as a node is said to hold it, whatever came first; so
+        keys and admissions are found together. A holder is named by the id that its chain began with.
+        What the keys in `silent` say does not count.
+        """
+        roots = self._settled.footing.roots
+        claims = {key: {self._origin(node): None} for key, node in sorted(roots.items())}
+        nodes = {origin for origins in claims.values() for origin in origins}
+        nodes.update(one.facts["node"] for one in self._node_admits() if self._settled.footing.keeps(one))
+        given: dict[str, list[Statement]] = defaultdict(list)
+        for one in (*self._node_admits(), *self._of(Kind.ADD_SIGNER)):
+            if self._stands(one) and one.facts["by"] not in silent:
+                given[one.facts["by"]].append(one)
+        waiting: dict[str, list[Statement]] = defaultdict(list)  # signing keys of who is not admitted yet
+        for key in (reached := list(claims)):  # grows while it is walked
+            todo = list(given[key])
+            for one in todo:  # grows too
+                node = one.facts["node"]
+                if one.kind is Kind.ADMIT:
+                    nodes.add(node)
+                    todo += waiting.pop(node, ())
+                elif (origin := self._origin(node)) not in nodes:
+                    waiting[origin].append(one)
+                elif (new := one.facts["key"]) not in roots:
+                    if new not in claims:
+                        reached.append(new)
+                    claims.setdefault(new, {})[origin] = None
+        return claims
+
+    def _node_admits(self) -> list[Statement]:
+        return [one for one in self._of(Kind.ADMIT) if one.facts["role"] == Role.NODE]
+
+    def _origin(self, node: str) -> str:
+        """Return the id that others follow up to this one, as far as that is not in doubt."""
+        path = [node]
+        while len(parents := self._parents.get(path[-1], set())) == 1:
+            if parents <= set(path):
+                return node  # a circle
+            path += parents
+        return path[-1]
+
+    def _newest(self, origin: str) -> str:
+        return self._current.get(origin, origin)
+
+    def _is_live(self, node: str) -> bool:
+        return node in self._chains and node not in self._revoked
+
+    def _find_disputed(self) -> frozenset[str]:
+        """Return the keys that share a holder, or have several: one of them is a thief's, so none signs.
+
+        The word of the genesis and of the recovery key is never in dispute.
+        """
+        keys_of: dict[str, set[str]] = defaultdict(set)
+        for key, origins in self._claims.items():
+            for origin in origins if key not in self._kept_of else ():
+                keys_of[origin].add(key)
+        shared = {key for keys in keys_of.values() if len(keys) > 1 for key in keys}
+        several = {key for key, origins in self._claims.items() if len(origins) > 1}
+        return frozenset((shared | several) - self._kept_of.keys() - self._settled.footing.roots.keys())
 
     def _counts(self, one: Statement) -> bool:
         """Tell whether a statement that gives something does."""
-        is_given = one.facts["by"] in self._legitimate and self._stands(one)
+        by = one.facts["by"]
+        is_given = by in self._legitimate and by not in self._disputed and self._stands(one)
         return is_given or self._settled.footing.keeps(one)
 
     def _check_signers(self, signers: Mapping[str, str]) -> None:
         if not signers:
-            self._problems.add(
-                "no signer is left: only the recovery key can mend this (mycoswarmctl recover)"
+            self._alarms.add("no signer is left: only the recovery key can mend this (mycoswarmctl recover)")
+        for key, node in signers.items():
+            if not self._is_live(node):
+                self._alarms.add(
+                    f"a signing key belongs to no live member: mycoswarmctl signers remove {key[:16]}"
+                )
+        for key in self._disputed:
+            holders = ", ".join(sorted(map(self._newest, self._claims[key])))
+            self._alarms.add(
+                f"signing key {key[:16]} of {holders} is in dispute and does not count: remove it"
             )
-        for node in signers.values():
-            if node in self._revoked:
-                self._problems.add(f"{node} is out, but its signing key still signs: remove that signer")
         if len(self._settled.footing.statements) > 1:
-            self._problems.add(
+            self._alarms.add(
                 "the recovery key was used twice for one epoch, and only what both say counts: recover again"
             )
         void = sum(not self._counts(one) for one in (*self._of(Kind.ADMIT), *self._of(Kind.ADD_SIGNER)))
         if void:
             self._problems.add(f"{void} statements of removed signers are void")
+
+    def _told(self) -> tuple[str, ...]:
+        told = [*sorted(self._alarms), *sorted(self._problems)]
+        rest = len(told) - _MAX_PROBLEMS
+        return (*told[:_MAX_PROBLEMS], f"and {rest} more like these") if rest > 0 else tuple(told)
 
     # --- who is a member -------------------------------------------------------------------------
 

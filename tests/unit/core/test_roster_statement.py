@@ -11,6 +11,8 @@ import pytest
 from mycoswarmd.core.roster import (
     BEACON_CONTEXT,
     MAX_BODY_BYTES,
+    MAX_KEEP_BODY_BYTES,
+    MAX_STATEMENTS,
     SIGNING_CONTEXT,
     CertFacts,
     Kind,
@@ -264,7 +266,8 @@ SIGNER = {"key": HEX, "node": ID}
         bad(Kind.DROP_SIGNER, keep=[HEX[:-1]]),
         bad(Kind.DROP_SIGNER, keep=[["f" * 64]]),
         bad(Kind.DROP_SIGNER, keep={HEX: 1}),
-        bad(Kind.DROP_SIGNER, keep=[f"{n:064x}" for n in range(1_000)]),
+        bad(Kind.DROP_SIGNER, keep=[f"{n:064x}" for n in range(16_000)]),
+        bad(Kind.ADMIT, keep=[], name="a" * MAX_BODY_BYTES),
         bad(Kind.EPOCH, n=2),
         bad(Kind.EPOCH, n=0, epoch=0),
         bad(Kind.EPOCH, signers=[]),
@@ -397,11 +400,14 @@ def test_making_a_body_takes_what_a_stranger_may_say_and_no_more() -> None:
 
 
 def test_a_statement_that_nobody_would_take_is_not_made() -> None:
-    keep = [f"{n:064x}" for n in range(1_000)]
-    with pytest.raises(BadRequest, match="65,536 bytes"):
+    keep = [f"{n:064x}" for n in range(16_000)]
+    with pytest.raises(BadRequest, match="1,048,576 bytes"):
         make_body(Kind.DROP_SIGNER, swarm=HEX, epoch=0, key=HEX, by=HEX, keep=keep)
-    body = make_body(Kind.EPOCH, swarm=HEX, epoch=1, n=1, signers=[SIGNER] * 1, keep=keep[:950])
-    assert len(body) < MAX_BODY_BYTES
+    with pytest.raises(BadRequest, match="65,536 bytes"):
+        make_body(Kind.REVOKE, swarm=HEX, epoch=0, node=ID, by=HEX, reason="x" * MAX_BODY_BYTES)
+    many = [{"key": one, "node": ID} for one in keep[:64]]
+    body = make_body(Kind.EPOCH, swarm=HEX, epoch=1, n=1, signers=many, keep=keep[:MAX_STATEMENTS])
+    assert MAX_BODY_BYTES < len(body) < MAX_KEEP_BODY_BYTES  # what a full roster can need
 
 
 def test_parsing_does_not_depend_on_how_deep_the_caller_is() -> None:

@@ -24,7 +24,9 @@ from mycoswarmd.core import enrol
 from mycoswarmd.core.recovery import format_recovery, parse_recovery
 from mycoswarmd.core.roster import (
     MAX_BODY_BYTES,
+    MAX_KEEP_BODY_BYTES,
     MAX_REKEYS,
+    MAX_ROSTER_BYTES,
     MAX_STATEMENTS,
     Kind,
     Roster,
@@ -39,6 +41,7 @@ from mycoswarmd.core.roster import (
     sign_beacon,
     signed,
 )
+from mycoswarmd.core.roster.statements import RESERVED_BYTES, RESERVED_STATEMENTS
 from mycoswarmd.core.words import six_words
 from mycoswarmd.engines import peerhttp
 from mycoswarmd.fleet import hints, link
@@ -257,7 +260,11 @@ def word() -> peer.Word:
 # Numbers that the page gives, by the words that stand before them there.
 NUMBERS = {
     "statement.bytes": MAX_BODY_BYTES,
+    "statement.with_keep.bytes": MAX_KEEP_BODY_BYTES,
     "statements": MAX_STATEMENTS,
+    "statements.reserved": RESERVED_STATEMENTS,
+    "statements.bytes": MAX_ROSTER_BYTES,
+    "statements.bytes.reserved": RESERVED_BYTES,
     "rekeys": MAX_REKEYS,
     "certificate.bytes": CERTIFICATE_BYTES,
     "bundle.bytes": enrol.MAX_BUNDLE_BYTES,

@@ -4,7 +4,7 @@ This second reading shares nothing with core/roster but the parsed statements; b
 every set. Where it differs, the page or the code is wrong.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -99,14 +99,7 @@ class Reading:
                 depth[new] = depth[node] + 1
                 queue.append(new)
         self.belongs += [one for one in leaves if one.facts["node"] in depth]
-        known = {node for node, how in depth.items() if how < 16}
-        known |= {one.facts["node"] for one in of(Kind.ADMIT, self.overtaken)} - set(depth)
-        while more := {one.facts["node"] for one in rekeys if one.facts["old"] in known} - known - set(depth):
-            known |= more
-        for one in [*rekeys, *leaves]:
-            if one not in self.belongs:
-                node = one.facts["old" if one.kind is Kind.REKEY else "node"]
-                (self.overtaken if node in known else self.refused).append(one)
+        self.overtaken += [one for one in [*rekeys, *leaves] if one not in self.belongs]
 
     # --- what they say ---
 
@@ -119,14 +112,14 @@ class Reading:
         def stands(one: Statement) -> bool:
             return one.facts["by"] not in kept_of or one.sha256 in kept_of[one.facts["by"]]
 
-        holder = dict(self.roots)
-        queue = sorted(holder)
-        while queue:
-            key = queue.pop(0)
-            for one in of(Kind.ADD_SIGNER, self.belongs):
-                if one.facts["by"] == key and stands(one) and one.facts["key"] not in holder:
-                    holder[one.facts["key"]] = one.facts["node"]
-                    queue.append(one.facts["key"])
+        named = self.named(stands)
+        disputed = {
+            one
+            for one in set(named) - set(self.roots) - set(kept_of)
+            if len(named[one]) > 1
+            or any(named[one] & named[other] for other in set(named) - set(kept_of) - {one})
+        }
+        named = self.named(lambda one: stands(one) and one.facts["by"] not in disputed)
 
         rekeys = of(Kind.REKEY, self.belongs)
         out = {one.facts["node"] for one in self.belongs if one.kind in (Kind.REVOKE, Kind.LEAVE)}
@@ -135,17 +128,57 @@ class Reading:
 
         admits: dict[str, Statement] = {}
         for one in of(Kind.ADMIT, self.belongs):
-            if self.is_kept(one) or (stands(one) and one.facts["by"] in holder):
+            by = one.facts["by"]
+            if self.is_kept(one) or (stands(one) and by in named and by not in disputed):
                 admits.setdefault(one.facts["node"], one)
         chains = [chain for one in admits.values() if (chain := self.chain(one, rekeys, set(admits)))]
         newest = {node: chain[-1] for chain in chains for node in chain}
-        signers = {key: newest.get(node, node) for key, node in holder.items() if key not in kept_of}
+        signers = {
+            key: newest.get(min(nodes), min(nodes))
+            for key, nodes in named.items()
+            if key not in kept_of and key not in disputed
+        }
         members = {}
         for chain in chains:
             if chain[-1] not in out:
                 first = admits[chain[0]].facts
                 members[chain[-1]] = (first["name"], first["role"], chain[-1] in signers.values())
         return {"members": members, "signers": signers, "out": out}
+
+    def origin(self, node: str) -> str:
+        first = node
+        seen = {node}
+        while (
+            len(
+                before := {
+                    one.facts["old"] for one in of(Kind.REKEY, self.belongs) if one.facts["node"] == node
+                }
+            )
+            == 1
+        ):
+            node = before.pop()
+            if node in seen:
+                return first
+            seen.add(node)
+        return node
+
+    def named(self, counts: Callable[[Statement], bool]) -> dict[str, Ids]:
+        """Return L: each key with the origins that count for it."""
+        found = {key: {self.origin(node)} for key, node in self.roots.items()}
+        while True:
+            nodes = set.union(set(), *(found[key] for key in self.roots)) | {
+                one.facts["node"]
+                for one in of(Kind.ADMIT, self.belongs)
+                if one.facts["role"] == "node"
+                and (self.is_kept(one) or (counts(one) and one.facts["by"] in found))
+            }
+            before = {key: set(origins) for key, origins in found.items()}
+            for one in of(Kind.ADD_SIGNER, self.belongs):
+                origin, key = self.origin(one.facts["node"]), one.facts["key"]
+                if one.facts["by"] in before and counts(one) and origin in nodes and key not in self.roots:
+                    found.setdefault(key, set()).add(origin)
+            if found == before:
+                return found
 
     def chain(self, admit: Statement, rekeys: list[Statement], admitted: Ids) -> list[str]:
         """Return the ids of a chain, or none where it is nobody's."""
@@ -244,3 +277,21 @@ def test_a_key_that_two_nodes_are_said_to_hold_is_read_alike() -> None:
     epoch = M.new_epoch(1, dict(zip(roots, nodes, strict=True)))
     late = Maker(epoch=1)
     compare([epoch, *(late.add_signer(claimed, nodes[n], by=roots[n]) for n in range(3))])
+    others = [key("another", n) for n in range(2)]
+    admits = [late.admit(one, by=roots[0]) for one in others]
+    claims = [late.add_signer(claimed, one, by=roots[0]) for one in others]
+    compare([epoch, *admits, claims[0], late.admit(key("given"), by=claimed)])
+    compare([epoch, *admits, *claims, late.admit(key("given"), by=claimed)])
+
+
+def test_signing_keys_of_one_node_are_read_alike() -> None:
+    nodes, keys = [key("of one", n) for n in range(3)], [key("its key", n) for n in range(3)]
+    admits = [M.admit(nodes[0]), M.admit(nodes[1], role="operator"), M.rekey(nodes[0], nodes[2])]
+    adds = [M.add_signer(keys[0], nodes[0]), M.add_signer(keys[1], nodes[2]), M.add_signer(keys[2], nodes[1])]
+    given = [M.admit(key("given", n), by=keys[n]) for n in range(3)]
+    for last in (1, 2, 3):
+        compare([*admits, *adds[:last], *given])
+        compare([*admits, *adds[:last], *given, M.drop_signer(keys[0], given)])
+        compare([*admits, *adds[:last], *given, M.rekey(nodes[0], key("fork"))])
+    compare([*admits[1:], *adds, *given])
+    compare([*admits, M.add_signer(M.signer, nodes[0]), M.add_signer(keys[0], M.first), *given])
