@@ -19,14 +19,23 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from mycoswarmd.core.policy.reader import NAME
 from mycoswarmd.core.roster import MAX_STATEMENTS, ReadCert, Verify
 from mycoswarmd.core.words import six_words
-from mycoswarmd.errors import BadRequest, Conflict, LocalProtocolError, Unauthenticated
+from mycoswarmd.errors import (
+    BadRequest,
+    Conflict,
+    LocalProtocolError,
+    MycoswarmError,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+    Unreachable,
+)
 
 __all__ = [
     "CROCKFORD",
@@ -40,6 +49,7 @@ __all__ = [
     "derive",
     "format_code",
     "make_code",
+    "most_telling",
     "parse_code",
     "parse_hello",
     "read_crockford",
@@ -71,6 +81,14 @@ _INVITE = re.compile(f"[{CROCKFORD}]{{{_INVITE_CHARS}}}")
 
 
 # --- the code ----------------------------------------------------------------------------------------
+
+
+# Nobody was there to say anything of the code; and what is said by members that do not hold it.
+_SILENCE = (Unavailable, Unreachable)
+_BYSTANDERS = frozenset({"invite-unknown", "nobody-invited", "no-such-route", "not-found"})
+_GONE = frozenset({"peer-unreachable", "no-answer", "node-unreachable", "connection-lost"})
+_SHOWN = 4
+_IS_IT_ON = "is the machine that made the code on, and is this its address? --address HOST says where it is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +371,37 @@ def seal_bundle(keys: CodeKeys, transcript: bytes, bundle: Mapping[str, object])
         )
     mac = hmac.digest(keys.bundle, transcript + data, "sha256")
     return {"bundle": _to_base64(data), "mac": mac.hex()}
+
+
+def most_telling(tried: Sequence[tuple[str, MycoswarmError]]) -> MycoswarmError:
+    """Return what to tell a person after every address (as people write it) has failed.
+
+    The word of whoever holds the invitation goes before that of a bystander, which only says that it holds
+    none; that the code is no good any more is said only by its holder.
+    """
+    held = [exc for _, exc in tried if not isinstance(exc, _SILENCE) and exc.code not in _BYSTANDERS]
+    if held:
+        return min(held, key=lambda exc: not exc.code.startswith("invite"))
+    silent = [where for where, exc in tried if isinstance(exc, _SILENCE)]
+    bystanders = [where for where, exc in tried if not isinstance(exc, _SILENCE)]
+    if not bystanders:
+        problem = tried[0][1]
+        if problem.code in _GONE:
+            others = f"; also tried: {_several(silent[1:])}" if silent[1:] else ""
+            problem.hint = f"{_IS_IT_ON}{others}"
+        return problem
+    quiet = f", and no answer came from {_several(silent)}" if silent else ""
+    return NotFound(
+        "nobody-invited",
+        f"cannot join: no invitation with this code is open at {_several(bystanders)}{quiet}",
+        hint=f"{_IS_IT_ON}; once used, cancelled or expired, ask for a new code: mycoswarmctl invite",
+    )
+
+
+def _several(names: Sequence[str]) -> str:
+    shown = list(dict.fromkeys(names))
+    rest = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return ", ".join(shown[:_SHOWN]) + rest
 
 
 def _transcript(hello: Hello, *, nonce: bytes, cert_der: bytes, genesis: bytes) -> bytes:

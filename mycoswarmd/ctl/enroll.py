@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mycoswarmd.ctl.members import SHORT_ID
+from mycoswarmd.ctl.members import SHORT_ID, check_name
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.errors import BadRequest, ConfigError, MycoswarmError, NotFound
+from mycoswarmd.errors import BadRequest, ConfigError, MycoswarmError
 
 # What reads codes, and what holds an operator's key: hashing and cryptography, which --help does without.
 _CODES = "mycoswarmd.core.enrol"
@@ -57,6 +57,8 @@ def enroll(
     it knows the code before anything else is said, so nobody in between can join in its place.
     """
     session = begin(ctx, as_json=as_json)
+    if name is not None:
+        check_name(name, "you" if operator else "this node")
     text = _code(session, code, token_file)
     finding = importlib.import_module(_FINDING)
     addresses = [found for given in address for found in finding.resolve(given)]
@@ -97,19 +99,10 @@ def _join_node(session: Session, code: str, addresses: Sequence[str], name: str 
         return session.local.post(
             "/api/swarm/enroll", body, timeout_s=_JOIN_S, on_wait=lambda: _words(session)
         )
-    except NotFound as exc:
-        raise told_nothing(exc) from exc
-
-
-def told_nothing(exc: NotFound) -> NotFound:
-    """Return what it means that the inviting node has no door for newcomers: it has no open invitation."""
-    if exc.code != "no-such-route":
-        return exc
-    return NotFound(
-        "nobody-invited",
-        "cannot join: no invitation is open there; the code was used, has expired, was cancelled or is void",
-        hint="ask for a new one: mycoswarmctl invite",
-    )
+    except KeyboardInterrupt:
+        session.aside("\nthe node itself goes on trying, for up to three minutes; if it joins after all:")
+        session.aside("  mycoswarmctl leave")
+        raise
 
 
 def _words(session: Session) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from mycoswarmd.ctl.client import segment
-from mycoswarmd.ctl.members import fetch
+from mycoswarmd.ctl.members import check_name, fetch
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.run import parse_seconds
@@ -67,6 +67,8 @@ def invite(
             "cannot ask you to confirm: nobody is at a terminal to answer",
             hint="leave out --confirm, or run it at a terminal without --no-wait",
         )
+    if name is not None:
+        check_name(name, "the newcomer")
     role = "operator" if operator else "node"
     body = {"role": role, "name": name or "", "ttl_s": _ttl(ttl), "confirm": confirm}
     made = session.local.post("/api/swarm/invites", body)
@@ -74,6 +76,10 @@ def invite(
         session.record(made)
     else:
         _show(session, made, role)
+        if made.get("is_taken"):
+            session.aside(
+                f"the name {name} is taken: the newcomer will be {name}-2, or the next that is free"
+            )
     if waits:
         _wait(session, made)
 
@@ -129,11 +135,16 @@ def _list(session: Session) -> None:
 
 def _cancel(session: Session, invite_id: str) -> None:
     # Whoever pastes the whole code means the invitation; the secret part of it is not sent anywhere.
-    answer = session.local.delete(f"/api/swarm/invites/{segment(invite_id.strip().upper()[:4])}")
+    short = invite_id.strip().upper()[:4]
+    if len(short) < 4:
+        raise BadRequest(
+            "bad-id", f"cannot cancel {invite_id!r}: no id", hint="see `mycoswarmctl invite --list`"
+        )
+    answer = session.local.delete(f"/api/swarm/invites/{segment(short)}")
     if session.as_json:
         session.document(answer)
     else:
-        session.aside(f"invitation {invite_id.strip().upper()[:4]} is cancelled")
+        session.aside(f"invitation {short} is cancelled")
 
 
 def _wait(session: Session, made: Doc) -> None:

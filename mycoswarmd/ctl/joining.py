@@ -8,9 +8,8 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 
-from mycoswarmd.core.enrol import Code, CodeKeys, Joiner, Welcome, derive, parse_code, six_words
+from mycoswarmd.core.enrol import Code, CodeKeys, Joiner, Welcome, derive, most_telling, parse_code, six_words
 from mycoswarmd.ctl import finding, operators
-from mycoswarmd.ctl.enroll import told_nothing
 from mycoswarmd.ctl.finding import Address
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.session import Session
@@ -32,16 +31,13 @@ def join(session: Session, code_text: str, addresses: Sequence[Address], name: s
     code = parse_code(code_text)
     identity = operators.prepare()
     keys = derive(code)
-    problem: MycoswarmError | None = None
+    tried: list[tuple[str, MycoswarmError]] = []
     for address in addresses or _announced():
         try:
             with Stranger(address, _STEP_S) as stranger:
                 welcome = _exchange(session, stranger, code, keys, identity, name)
-        except NotFound as exc:
-            problem = _telling(problem, told_nothing(exc))
-            continue
         except MycoswarmError as exc:
-            problem = _telling(problem, exc)
+            tried.append((finding.show(address), exc))
             continue
         try:
             own = operators.begin(identity, welcome.statements, genesis_sha256=welcome.genesis_sha256)
@@ -51,8 +47,8 @@ def join(session: Session, code_text: str, addresses: Sequence[Address], name: s
         if inviter is not None:
             own.found(inviter.id, address)
         return _summary(own)
-    if problem is not None:
-        raise _theirs(problem)
+    if tried:
+        raise _theirs(most_telling(tried))
     raise NotFound(
         "no-swarm-found",
         "cannot find a swarm on this network",
@@ -109,14 +105,6 @@ def _announced() -> Iterator[Address]:
         if address not in seen:
             seen.add(address)
             yield address
-
-
-def _telling(one: MycoswarmError | None, other: MycoswarmError) -> MycoswarmError:
-    """Keep what tells a person most: a word on the code beats an address at which nobody is."""
-    if one is None or isinstance(one, Unreachable):
-        return other
-    says_little = one.code in {"invite-unknown", "nobody-invited"}
-    return other if says_little and not isinstance(other, Unreachable) else one
 
 
 def _theirs(exc: MycoswarmError) -> MycoswarmError:

@@ -23,6 +23,7 @@ from mycoswarmd.core.enrol import (
     derive,
     format_code,
     make_code,
+    most_telling,
     parse_code,
     parse_hello,
     seal_bundle,
@@ -135,7 +136,12 @@ class Invitations:
         )
         await self._store.put_invite(row, boot_id=self._clock.boot_id())
         self._rows[row.invite] = row
-        return {"code": format_code(code), "invite": row.invite, "expires_in_s": ttl_s}
+        made = {"code": format_code(code), "invite": row.invite, "expires_in_s": ttl_s}
+        return {**made, "name": name, "is_taken": bool(name) and self._is_taken(name)}
+
+    def _is_taken(self, name: str) -> bool:
+        roster = self._swarm.roster
+        return roster is not None and any(one.given_name == name for one in roster.members.values())
 
     def listed(self) -> list[dict[str, object]]:
         """Return what a person may know of each invitation of this boot."""
@@ -159,8 +165,17 @@ class Invitations:
 
     async def cancel(self, invite: str) -> None:
         """Close an open invitation."""
-        row = self._row(invite)
-        self._check_open(row)
+        row = self._rows.get(invite)
+        if row is None:
+            raise NotFound(
+                "invite-unknown",
+                f"cannot cancel: there is no invitation {invite[:8]!r} here",
+                hint="`mycoswarmctl invite --list` shows them all",
+            )
+        if (state := self._state(row)) != "open":
+            code, cause = _CLOSED[state]
+            raise Conflict(code, f"cannot cancel the invitation: {cause}")
+        self._asks_again_until_s = self._clock.boot_s() + _SESSION_S  # whoever waits is told
         await self._store.close_invite(invite, state="cancelled")
         self._set_state(row, "cancelled")
 
@@ -199,6 +214,7 @@ class Invitations:
             row = self._row(greeting.invite)
             known = self._swarm.member(self._check.read_cert(greeting.cert_der).node_id)
             if not (row.state == "used" and known is not None):  # a lost answer may be asked for again
+                self._check_not_declined(row, greeting)
                 self._check_open(row)
             try:
                 transcript = check_confirm(
@@ -243,8 +259,16 @@ class Invitations:
             self._waiting[row.invite] = waiting
         if waiting.decision is False:
             self._waiting.pop(row.invite, None)
-            raise Denied("invite-declined", "cannot join: a person said no at the inviting machine")
+            raise _declined()
         return waiting.decision is True
+
+    def _check_not_declined(self, row: InviteRow, greeting: Hello) -> None:
+        """Raise Denied where a person said no and then closed the invitation: the no is the reason."""
+        waiting = self._waiting.get(row.invite)
+        if self._state(row) == "open" or waiting is None or waiting.decision is not False:
+            return
+        if waiting.node_id == self._check.read_cert(greeting.cert_der).node_id:
+            raise _declined()
 
     def _seal(self, greeting: Hello, nonce: bytes) -> str:
         """Put what the next message needs into a string that only this process can have made."""
@@ -366,7 +390,7 @@ class Newcomer:
         keys = await asyncio.to_thread(derive, code)
         identity = await asyncio.to_thread(self._identities.create)
         self._swarm.identity = identity  # shown while a person at the other machine compares its words
-        problem: MycoswarmError | None = None
+        tried: list[tuple[str, MycoswarmError]] = []
         for address in addresses:
             joiner = Joiner(
                 keys,
@@ -380,20 +404,19 @@ class Newcomer:
                 async with asyncio.timeout(_DECIDE_S + _SESSION_S):
                     welcome, server_cert = await self._exchange(joiner, address, identity.sign)
             except TimeoutError:
-                problem = _worse(
-                    problem, Unavailable("no-answer", f"cannot join at {address}: no answer in time")
-                )
+                late = Unavailable("no-answer", f"cannot join at {address}: no answer in time")
+                tried.append((str(address), late))
                 continue
             except MycoswarmError as exc:
-                problem = _worse(problem, exc)
+                tried.append((str(address), exc))
                 continue
             await self._swarm.join(
                 welcome.statements, genesis_sha256=welcome.genesis_sha256, identity=identity
             )
             self._remember(server_cert, address)
             return self._summary(identity.node_id)
-        if problem is not None:
-            raise problem
+        if tried:
+            raise most_telling(tried)
         raise Unavailable(
             "no-swarm-found",
             "cannot find a swarm on this network",
@@ -450,6 +473,10 @@ class Newcomer:
         }
 
 
+def _declined() -> Denied:
+    return Denied("invite-declined", "cannot join: a person said no at the inviting machine")
+
+
 def check_name(name: str) -> None:
     """Refuse what is no name for a machine; BadRequest("bad-name")."""
     if not _NAME.fullmatch(name):
@@ -459,13 +486,6 @@ def check_name(name: str) -> None:
             hint="letters, digits, dots, dashes and underscores, at most 63, starting with a letter or digit",
             where="name",
         )
-
-
-def _worse(one: MycoswarmError | None, other: MycoswarmError) -> MycoswarmError:
-    """Keep what tells a person most: a word on the code beats an address at which nobody answers."""
-    if one is None or isinstance(one, Unavailable):
-        return other
-    return one if one.code != "invite-unknown" else other if not isinstance(other, Unavailable) else one
 
 
 def _keys(row: InviteRow) -> CodeKeys:

@@ -229,7 +229,7 @@ def test_a_person_says_no(tmp_path: Path) -> None:
         invite.expect("may it join")
         invite.type("n")
         assert invite.end() == 3
-        assert newcomer.end() != 0 and "cannot join" in newcomer.seen
+        assert newcomer.end() == 3 and "a person said no" in newcomer.seen, newcomer.seen
         assert len(pc.ok("nodes")["nodes"]) == 1
         again = pi.ctl("enroll", code, "--address", pc.address)
         assert again.code == 1 and "cancelled" in again.err

@@ -19,7 +19,17 @@ from hypothesis import strategies as st
 from mycoswarmd.core import enrol
 from mycoswarmd.core.enrol import Code, CodeKeys, Joiner
 from mycoswarmd.core.words import WORDS, six_words
-from mycoswarmd.errors import BadRequest, Conflict, LocalProtocolError, Unauthenticated
+from mycoswarmd.errors import (
+    BadRequest,
+    Conflict,
+    Denied,
+    LocalProtocolError,
+    MycoswarmError,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+    Unreachable,
+)
 from mycoswarmd.trust.certificate import make_certificate, read_certificate
 from mycoswarmd.trust.keys import make_seed, sign, verify
 
@@ -459,3 +469,41 @@ def test_an_id_has_its_words() -> None:
     digest = hashlib.sha256(node_id.encode()).digest()
     assert six_words(node_id).split() == [WORDS[byte] for byte in digest[:6]]
     assert six_words(node_id) != six_words("b" * 26)
+
+
+# --- what is told when every address has failed ---------------------------------------------
+
+HOLDER = ("10.0.0.7:7437", Conflict("invite-used", "cannot join: used"))
+UNPROVED = ("10.0.0.7:7437", Unauthenticated("inviter-unproved", "cannot trust it"))
+DECLINED = ("10.0.0.7:7437", Denied("invite-declined", "cannot join: no"))
+STRANGE = ("10.0.0.6:7437", LocalProtocolError("bad-answer", "cannot read it"))
+CLOSED = ("10.0.0.8:7437", NotFound("no-such-route", "cannot find this path"))
+ANOTHER = ("10.0.0.9:7437", NotFound("invite-unknown", "cannot join: no such invitation"))
+SILENT = ("10.0.0.5:7437", Unavailable("peer-unreachable", "cannot reach it"))
+SILENT_TOO = ("10.0.0.4:7437", Unreachable("node-unreachable", "cannot reach it"))
+
+
+@pytest.mark.parametrize("told", [HOLDER, UNPROVED, DECLINED])
+def test_the_word_of_who_holds_the_invitation_goes_before_any_other(
+    told: tuple[str, MycoswarmError],
+) -> None:
+    others = [CLOSED, ANOTHER, SILENT, STRANGE]
+    for at in range(len(others) + 1):
+        assert enrol.most_telling([*others[:at], told, *others[at:]]) is told[1]
+
+
+def test_where_nobody_holds_the_code_it_is_not_said_to_be_used_up() -> None:
+    for tried in ([SILENT, CLOSED, ANOTHER], [ANOTHER, CLOSED, SILENT]):
+        told = enrol.most_telling(tried)
+        assert isinstance(told, NotFound) and told.code == "nobody-invited"
+        assert "10.0.0.8:7437" in told.message and "10.0.0.9:7437" in told.message
+        assert "no answer came from 10.0.0.5:7437" in told.message
+        assert told.hint.startswith("is the machine that made the code on")
+    alone = enrol.most_telling([CLOSED])
+    assert alone.message == "cannot join: no invitation with this code is open at 10.0.0.8:7437"
+
+
+def test_where_nobody_answers_that_is_said_and_where() -> None:
+    told = enrol.most_telling([SILENT, SILENT_TOO])
+    assert told is SILENT[1]
+    assert "is the machine that made the code on" in told.hint and "10.0.0.4:7437" in told.hint

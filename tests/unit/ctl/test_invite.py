@@ -140,7 +140,6 @@ def test_invitations_are_listed_and_cancelled(inviting: FakeNode) -> None:
     assert ctl(inviting, "invite", "--cancel", "79D96-8QGKT-TQ75Z-9H5C1-5").code == 0
     assert changes(inviting) == ["DELETE /api/swarm/invites/79D9"] * 2
     assert ctl(inviting, "invite", "--list", "--cancel", "79D9").code == 2
-    assert ctl(inviting, "invite", "--cancel", "").code == 1
     assert "POST /api/swarm/invites" not in inviting.paths()
 
 
@@ -265,11 +264,37 @@ def test_what_the_inviter_says_of_the_code_is_one_sentence(
     assert ran.err == f"error: cannot join with this code: it is old ({code})\n"
 
 
-def test_a_node_that_invites_nobody_just_now_says_what_that_means(newcomer: FakeNode) -> None:
-    newcomer.on("POST", "/api/swarm/enroll", refuse(404, "no-such-route", "cannot find this path"))
+def test_a_name_is_looked_at_before_anything_is_sent(newcomer: FakeNode) -> None:
+    for command in (["enroll", CODE], ["enroll", "--operator", CODE], ["invite"]):
+        ran = ctl(newcomer, *command, "--name", "my pi")
+        assert ran.code == 2 and "bad-name" in ran.err
+    assert newcomer.asked == []
+
+
+def test_who_interrupts_is_told_that_the_node_goes_on(
+    newcomer: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mycoswarmd.ctl.client.Client.post", interrupted)
     ran = ctl(newcomer, "enroll", CODE)
-    assert ran.code == 1 and "nobody-invited" in ran.err and "the code was used, has expired" in ran.err
-    assert "path" not in ran.err
+    assert ran.code == 130
+    assert "goes on" in ran.err and "mycoswarmctl leave" in ran.err
+
+
+def test_a_name_that_is_taken_is_said(inviting: FakeNode) -> None:
+    inviting.on("POST", "/api/swarm/invites", answer({**MADE, "is_taken": True}))
+    ran = ctl(inviting, "invite", "--name", "study", "--no-wait")
+    assert ran.code == 0 and "study-2" in ran.err
+    inviting.on("POST", "/api/swarm/invites", answer({**MADE, "is_taken": False}))
+    assert "taken" not in ctl(inviting, "invite", "--name", "study", "--no-wait").err
+
+
+def test_what_is_no_id_of_an_invitation_is_not_sent(inviting: FakeNode) -> None:
+    for text in ("", "79D", " "):
+        assert ctl(inviting, "invite", "--cancel", text).code == 2
+    assert inviting.asked == []
 
 
 def test_while_a_person_decides_the_six_words_are_shown(

@@ -195,7 +195,7 @@ def test_a_code_of_nobody_and_an_address_of_nobody(laptop: Laptop, pc: SwarmNode
     code = pc.invite()
     pc.invitations.clear()
     ran = laptop.ctl("enroll", "--operator", code, "--address", pc.address, "--json")
-    assert ran.json["error"]["code"] == "invite-unknown"
+    assert ran.json["error"]["code"] == "nobody-invited"
     ran = laptop.ctl("enroll", "--operator", code, "--address", "127.0.0.1:1", "--json")
     assert (ran.code, ran.json["error"]["code"]) == (4, "node-unreachable")
     ran = laptop.ctl("enroll", "--operator", code, "--json")
