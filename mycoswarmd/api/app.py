@@ -53,7 +53,9 @@ _MEMBER_BYTES = 1 << 20
 _MEMBER_AT_ONCE = 4
 # JSON is parsed without letting any other task run, and makes twenty times as much of each of these signs.
 _PARTS = (b"[", b"{", b":")
-_MAX_PARTS = 1 << 19
+_PARTS_OF_PROMPT = 1 << 19  # texts are full of them
+_PARTS_OF_MEMBER = 1 << 17
+_PARTS_OF_STRANGER = 1 << 12
 # What a stranger may ask for: a newcomer needs some ten requests, one a second while a person decides.
 _KNOCKS_OF_EACH = Rate(burst=60, per_s=5)
 _KNOCKS_OF_ALL = Rate(burst=240, per_s=20)
@@ -313,8 +315,11 @@ class Api:
             is_apart = bool(roster) and route.body_bytes > _MEMBER_BYTES and route.path != SYNC_PATH
             async with self._turn_of(caller) if is_apart else contextlib.nullcontext():
                 body = await _read_body(request, route.body_bytes)
-            if roster or line is not None:
-                _check_parts(body)
+            if line is not None:
+                _check_parts(body, _PARTS_OF_STRANGER)
+            elif roster:
+                is_prompt = route.gate is Gate.INSIDE
+                _check_parts(body, _PARTS_OF_PROMPT if is_prompt else _PARTS_OF_MEMBER)
         if line is not None:
             line.allow(_ANSWER_S)
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
@@ -413,9 +418,9 @@ async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _check_parts(body: bytes) -> None:
-    """Refuse what would take seconds and hundreds of megabytes to parse."""
-    if len(body) > _MAX_PARTS and sum(map(body.count, _PARTS)) > _MAX_PARTS:
+def _check_parts(body: bytes, at_most: int) -> None:
+    """Refuse what would take long to parse, and a lot of memory."""
+    if len(body) > at_most and sum(map(body.count, _PARTS)) > at_most:
         raise BadRequest("too-intricate", "cannot read the request: it has too many parts", http_status=413)
 
 

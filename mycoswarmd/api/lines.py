@@ -168,7 +168,9 @@ class Lines:
             is_over = open_[line.door] >= bounds.local
         elif line.node_id is None:
             of_source = self._strangers[line.source]
-            is_over = self._strangers.total() >= bounds.strangers or of_source >= bounds.strangers_of_source
+            is_over = of_source >= bounds.strangers_of_source or (
+                self._strangers.total() >= bounds.strangers and not self._make_room(of_source)
+            )
         else:
             is_over = (
                 open_[Door.SWARM] >= bounds.swarm or len(self._members.get(line.node_id, ())) >= bounds.member
@@ -180,6 +182,20 @@ class Lines:
             "cannot answer on one more connection: there are too many of your kind",
             hint="close some, or use one for several requests",
         )
+
+    def _make_room(self, of_source: int) -> bool:
+        """End the oldest connection of whoever has most, if that is more than the one who wants in."""
+        hoarder, most = self._strangers.most_common(1)[0]
+        if most <= of_source + 1:
+            return False
+        handler, oldest = next(
+            (handler, one)
+            for handler, one in self._lines.items()
+            if one.is_stranger and one.source == hoarder and one.refusal is None
+        )
+        self.closed(handler)
+        oldest.transport.abort()
+        return True
 
     def _count(self, line: Line, by: int) -> None:
         """Count a line in or out; the refused ones take nobody's place."""

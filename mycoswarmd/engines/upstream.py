@@ -54,7 +54,7 @@ _KEEPALIVE_S = 4.0
 _END_S = 0.25
 _JSON = {"Content-Type": "application/json"}
 # What aiohttp raises when the other side breaks off or speaks no HTTP.
-BROKEN = (aiohttp.ClientError, HttpProcessingError, OSError)
+BROKEN = (aiohttp.ClientError, HttpProcessingError, OSError, UnicodeError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,8 @@ class Doubles:
                 log.debug("node %s was not looked for at %s: no answer", node_id, address)
             except MycoswarmError as exc:
                 log.debug("node %s is not at %s: %s", node_id, address, exc.message)
+            except Exception:  # a bug of ours costs this look, not the node
+                log.exception("node %s was not looked for at %s", node_id, address)
 
     async def _look(self, link: Link, address: PeerAddress) -> None:
         async with self._dialer.member(link.member, _Only(address)) as client:

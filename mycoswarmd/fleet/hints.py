@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from mycoswarmd.flow.ports import Clock, Entropy
 from mycoswarmd.flow.swarmports import PeerAddress
+from mycoswarmd.wire.hints import clean_address
 
 MAX_HINTS = 256
 MAX_UNKNOWN_IDS = 64
@@ -18,6 +19,7 @@ MAX_UNKNOWN_IDS = 64
 MAX_PROVED, MAX_UNPROVED = 4, 12
 HINT_S = 120.0
 _SWEEP_S = 1.0
+_SHARED = ipaddress.ip_network("100.64.0.0/10")
 
 
 @dataclass(slots=True)
@@ -174,12 +176,20 @@ def _read_address(untrusted: object) -> PeerAddress | None:
     host, _, port = untrusted.rpartition(":")
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) <= 0xFFFF):
         return None
+    text = host.removeprefix("[").removesuffix("]")
+    # One of an interface, or of this machine, means something else here than where it was said.
+    address = clean_address(text) if "%" not in text else None
+    if address is None:
+        return PeerAddress(text, int(port)) if _is_shared(text) else None
+    known = ipaddress.ip_address(address)
+    if known.is_loopback or known.is_link_local:
+        return None
+    return PeerAddress(address, int(port))
+
+
+def _is_shared(text: str) -> bool:
+    """Tell whether this is an address of the range that private overlays use (RFC 6598)."""
     try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        return ipaddress.ip_address(text) in _SHARED
     except ValueError:
-        return None
-    if address.is_multicast or address.is_unspecified or address.is_loopback or address.is_reserved:
-        return None
-    if address.version == 6 and address.is_link_local:
-        return None  # it would need our interface
-    return PeerAddress(str(address), int(port))
+        return False

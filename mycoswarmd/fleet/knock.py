@@ -27,6 +27,8 @@ WITHIN_S = 5.0
 _ADDRESSES = 3
 _FIRST_DELAY_S, _LONGEST_DELAY_S, _LONGEST_OURS_S = 5.0, 300.0, 60.0
 _WAITING, _REMEMBERED = 64, 512
+# Hashes that fit into what a stranger may send; the answer of a larger roster has some that are known.
+_HAVE = 7_000
 
 # An id, whose addresses the book has, or one address itself.
 Target = str | PeerAddress
@@ -109,7 +111,7 @@ class Knocker:
 
     async def _knock(self, address: PeerAddress) -> int:
         """Ask whoever is there, and return how many statements were new."""
-        body: dict[str, object] = {"have": self._swarm.hashes()}
+        body: dict[str, object] = {"have": self._swarm.hashes()[:_HAVE]}
         port = self._own_port()
         if port is not None:
             body["port"] = port
@@ -127,6 +129,9 @@ class Knocker:
             return 0
         except MycoswarmError as exc:
             log.debug("nothing was pulled from %s: %s", address, exc.message)
+            return 0
+        except Exception:  # a bug of ours that a stranger has found costs this knock, not the node
+            log.exception("nothing was pulled from %s", address)
             return 0
         self._met(address, cert_der)
         return brought

@@ -159,7 +159,7 @@ class Link:
             while True:
                 self._wake.clear()
                 if self._around.hints.addresses(self.member.id):
-                    await self._live()
+                    await self._live_or_fail()
                     if self._ready_s and self._around.clock.monotonic_s() - self._ready_s > _STOOD_S:
                         delay_s = _FIRST_DELAY_S
                     self._ready_s = 0.0
@@ -176,6 +176,14 @@ class Link:
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, delay_s * jitter - _FIRST_DELAY_S)):
                 await self._wake.wait()
+
+    async def _live_or_fail(self) -> None:
+        """Live; a bug of ours that this member has found costs the link, not the node."""
+        try:
+            await self._live()
+        except Exception:
+            log.exception("the link to node %s failed", self.member.name)
+            self._set(Reach.UNREACHABLE, "an internal error, see the log", "internal-error")
 
     async def _live(self) -> None:
         """Dial, and stay as long as it goes well."""

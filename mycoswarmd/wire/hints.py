@@ -21,7 +21,8 @@ LINE_BYTES = 4096
 MAX_ADDRESSES = 8
 _ID = re.compile(r"[a-z2-7]{26}\Z")
 _DIGEST = re.compile(r"(?:[0-9a-f]{16})?\Z")
-_SCOPE = re.compile(r"[A-Za-z0-9_.-]{1,15}\Z")
+# An interface; two dots in a row are no name that a resolver takes.
+_SCOPE = re.compile(r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,14}\Z")
 _LONGEST_ADDRESS = 64
 _PROBLEM_CHARS = 200
 # Where homes and offices are: private, link-local, unique local, this machine (RFC 1918, 3927, 4193, 4291).

@@ -428,6 +428,26 @@ async def test_a_strangers_body_is_bounded(path: str, allowed: int) -> None:
             assert (await connection.answer()).status == 413
 
 
+async def test_what_takes_long_to_parse_is_refused_before_it_is() -> None:
+    async with running_api() as node:
+        nina = await node.admit("nina")
+        for who, path, parts in ((None, "/swarm/pull", 5_000), (nina, "/swarm/sync", 140_000)):
+            body = b'{"have":[' + b",".join([b"[]"] * parts) + b"]}"
+            answer = await node.ask(who, "POST", path, body)
+            assert (answer.status, answer.code) == (413, "too-intricate")
+        hashes = {"have": [f"{n:064x}" for n in range(7_000)]}  # as many as a knocker says that it has
+        assert (await node.ask(None, "POST", "/swarm/pull", hashes)).status == 200
+
+
+async def test_who_hoards_connections_makes_room_for_a_newcomer() -> None:
+    async with running_api() as node, AsyncExitStack() as stack:
+        for source in ("127.0.0.2", "127.0.0.3"):
+            for _ in range(8):
+                await stack.enter_async_context(node.connected(None, source=source))
+        newcomer = await stack.enter_async_context(node.connected(None, source="127.0.0.9"))
+        assert (await newcomer.ask("POST", "/swarm/pull", {"have": []})).status == 200
+
+
 async def test_nobody_is_told_what_this_is_made_of() -> None:
     async with running_api() as node:
         nina = await node.admit("nina")
@@ -453,12 +473,13 @@ async def test_few_strangers_at_a_time_and_they_are_told() -> None:
         refused = await one_source[8].ask("POST", "/swarm/pull", {"have": []})
         assert (refused.status, refused.code) == (503, "too-many-connections")
         assert await one_source[8].is_closed()
-        for n in range(8):
-            await stranger(f"127.0.1.{n + 1}")
+        one_source[0].writer.transport.abort()
+        for n in range(15):
+            await stranger(f"127.0.1.{n + 1}")  # the first ones take the places of who had most
         last = await stranger("127.0.2.1")
         assert (await last.ask("POST", "/swarm/pull", {"have": []})).code == "too-many-connections"
         assert (await node.ask(nina, "GET", "/swarm/word")).status == 200
-        one_source[0].writer.transport.abort()  # a place is free again
+        one_source[7].writer.transport.abort()  # a place is free again
         async with asyncio.timeout(5):
             while (await node.ask(None, "POST", "/swarm/pull", {"have": []})).status != 200:
                 await asyncio.sleep(0.02)

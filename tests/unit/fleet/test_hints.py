@@ -174,15 +174,17 @@ def test_whoever_is_out_is_forgotten_but_for_what_a_person_wrote(hints: Hints) -
         "", ":1", "10.0.0.1", "10.0.0.1:", "10.0.0.1:0", "10.0.0.1:65536", "10.0.0.1:٣", "example.org:1",
         "224.0.0.251:5353", "0.0.0.0:1", "[::]:1", "[ff02::fb]:1", "127.0.0.1:1", "[::1]:1", "[fe80::1]:1",
         "[fe80::1%eth0]:1", "10.0.0.1:-1", "1" * 100 + ":1", 7, None, ["10.0.0.1:1"], "240.0.0.1:1",
-        "[::ffff:127.0.0.1]:1",
+        "[::ffff:127.0.0.1]:1", "[fd00::1%a..b]:1", "[fe80::1%a..b]:1", "[fd00::1%\ud800]:1",
+        "8.8.8.8:443", "169.254.169.254:80", "[2001:db8::7]:1",
     ],
 )  # fmt: skip
 def test_what_a_member_says_about_others_has_to_be_an_address(untrusted: object) -> None:
     assert read_addresses([untrusted]) == []
 
 
-def test_addresses_of_other_networks_are_fine_when_a_member_says_them() -> None:
-    assert read_addresses(["100.64.0.9:7437", "[2001:db8::7]:1"]) == [
+def test_addresses_of_home_networks_and_overlays_are_fine_when_a_member_says_them() -> None:
+    assert read_addresses(["100.64.0.9:7437", "[fd00::7]:1", "192.168.7.7:7437"]) == [
         PeerAddress("100.64.0.9", 7437),
-        PeerAddress("2001:db8::7", 1),
+        PeerAddress("fd00::7", 1),
+        PeerAddress("192.168.7.7", 7437),
     ]
