@@ -89,7 +89,11 @@ async def test_a_cancelled_invitation_is_no_door() -> None:
     async with running_api() as node, local_user(node, uid=0) as owner:
         made = (await owner.ask("POST", "/api/swarm/invites", {"role": "node", "name": ""})).json
         assert (await owner.ask("DELETE", f"/api/swarm/invites/{made['invite']}")).status == 200
-        assert (await joined(node, made["code"], key("newcomer"))).status == 404
+        refused = await joined(node, made["code"], key("newcomer"))
+        assert (refused.status, refused.code) == (409, "invite-expired")  # said for a minute, then it is no door
+        roster = node.swarm.roster
+        assert roster is not None
+        assert len(roster.members) == 1
 
 
 # --- what members ask ---------------------------------------------------------------------------
