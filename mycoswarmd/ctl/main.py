@@ -1,17 +1,17 @@
-"""mycoswarmctl: the command. A client of the daemon's socket; --help loads nothing that it does not need."""
+"""mycoswarmctl: the command, a client of the daemon's socket. It loads what its command needs, and no more."""
 
 import importlib
+import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mycoswarmd.ctl import ask, backup, enroll, found, invite, members, node, run, tasks
-from mycoswarmd.ctl.audit import audit_app
-from mycoswarmd.ctl.keys import keys_app
 from mycoswarmd.ctl.plain import examples, make_app, typer
-from mycoswarmd.ctl.policy import policy_app
 from mycoswarmd.ctl.screen import Paint
-from mycoswarmd.ctl.session import Session, drop_stdout, error_text
-from mycoswarmd.errors import MycoswarmError
+from mycoswarmd.ctl.session import Session, drop_stdout, error_document, error_text
+from mycoswarmd.errors import BadRequest, MycoswarmError
 
 _HELP = """Ask models, give tasks to agents and look after a mycoswarm node.
 
@@ -20,45 +20,68 @@ The options below stand before the command, all others after it.
 Exit codes: 0 ok, 1 failed, 2 usage, 3 denied by the policy, 4 cannot reach the daemon."""
 _ENGINE_HELP = "Install an engine and a small model."
 
+# A shell that completes sets it, and wants to know of all commands.
+_COMPLETES = "_MYCOSWARMCTL_COMPLETE"
 
-def make_ctl(argv: list[str]) -> typer.Typer:
-    """Build the application; the installer is loaded only when the command line names it."""
+# Each command: the module in mycoswarmd.ctl that has it, its name there, and that of its examples.
+_COMMANDS = {
+    "ask": ("ask", "ask", "ASK_EXAMPLES"),
+    "run": ("run", "run", "RUN_EXAMPLES"),
+    "submit": ("run", "submit", "SUBMIT_EXAMPLES"),
+    "tasks": ("tasks", "tasks", "TASKS_EXAMPLES"),
+    "task": ("tasks", "task", "TASK_EXAMPLES"),
+    "logs": ("tasks", "logs", "LOGS_EXAMPLES"),
+    "apply": ("tasks", "apply", "APPLY_EXAMPLES"),
+    "cancel": ("tasks", "cancel", None),
+    "retry": ("tasks", "retry", None),
+    "approvals": ("tasks", "approvals", None),
+    "approve": ("tasks", "approve", "APPROVE_EXAMPLES"),
+    "status": ("node", "status", "STATUS_EXAMPLES"),
+    "models": ("node", "models", "MODELS_EXAMPLES"),
+    "doctor": ("node", "doctor", None),
+    "version": ("node", "version", None),
+    "init": ("found", "init", "INIT_EXAMPLES"),
+    "invite": ("invite", "invite", "INVITE_EXAMPLES"),
+    "enroll": ("enroll", "enroll", "ENROLL_EXAMPLES"),
+    "revoke": ("members", "revoke", "REVOKE_EXAMPLES"),
+    "leave": ("members", "leave", None),
+    "rekey": ("members", "rekey", None),
+    "recover": ("found", "recover", "RECOVER_EXAMPLES"),
+    "backup": ("backup", "backup", "BACKUP_EXAMPLES"),
+    "restore": ("backup", "restore", "RESTORE_EXAMPLES"),
+}
+_GROUPS = {
+    "nodes": ("members", "nodes_app"),
+    "signers": ("members", "signers_app"),
+    "policy": ("policy", "policy_app"),
+    "audit": ("audit", "audit_app"),
+    "keys": ("keys", "keys_app"),
+}
+
+
+def make_ctl(argv: list[str], *, only_named: bool = False) -> typer.Typer:
+    """Build the application; the installer is loaded only when the command line names it.
+
+    With `only_named`, a command line that names a command gets that one alone.
+    """
     app = make_app(
         _HELP,
         epilog=examples('mycoswarmctl ask "why is the sky blue?"', "mycoswarmctl run --help"),
         completes=True,
     )
     app.callback(invoke_without_command=False)(_start)
-    app.command("ask", epilog=ask.ASK_EXAMPLES)(ask.ask)
-    app.command("run", epilog=run.RUN_EXAMPLES)(run.run)
-    app.command("submit", epilog=run.SUBMIT_EXAMPLES)(run.submit)
-    app.command("tasks", epilog=tasks.TASKS_EXAMPLES)(tasks.tasks)
-    app.command("task", epilog=tasks.TASK_EXAMPLES)(tasks.task)
-    app.command("logs", epilog=tasks.LOGS_EXAMPLES)(tasks.logs)
-    app.command("apply", epilog=tasks.APPLY_EXAMPLES)(tasks.apply)
-    app.command("cancel")(tasks.cancel)
-    app.command("retry")(tasks.retry)
-    app.command("approvals")(tasks.approvals)
-    app.command("approve", epilog=tasks.APPROVE_EXAMPLES)(tasks.approve)
-    app.command("status", epilog=node.STATUS_EXAMPLES)(node.status)
-    app.command("models", epilog=node.MODELS_EXAMPLES)(node.models)
-    app.command("doctor")(node.doctor)
-    app.command("version")(node.version)
-    app.command("init", epilog=found.INIT_EXAMPLES)(found.init)
-    app.command("invite", epilog=invite.INVITE_EXAMPLES)(invite.invite)
-    app.command("enroll", epilog=enroll.ENROLL_EXAMPLES)(enroll.enroll)
-    app.add_typer(members.nodes_app, name="nodes")
-    app.command("revoke", epilog=members.REVOKE_EXAMPLES)(members.revoke)
-    app.add_typer(members.signers_app, name="signers")
-    app.command("leave")(members.leave)
-    app.command("rekey")(members.rekey)
-    app.command("recover", epilog=found.RECOVER_EXAMPLES)(found.recover)
-    app.command("backup", epilog=backup.BACKUP_EXAMPLES)(backup.backup)
-    app.command("restore", epilog=backup.RESTORE_EXAMPLES)(backup.restore)
-    app.add_typer(policy_app, name="policy")
-    app.add_typer(audit_app, name="audit")
-    app.add_typer(keys_app, name="keys")
-    app.add_typer(_engine_app(argv), name="engine", help=_ENGINE_HELP)
+    word = _first_word(argv[1:])
+    is_known = word in _COMMANDS or word in _GROUPS or word == "engine"
+    named = {word} if only_named and is_known else {*_COMMANDS, *_GROUPS, "engine"}
+    for name, (module, attribute, shown) in _COMMANDS.items():
+        if name in named:
+            code = importlib.import_module(f"mycoswarmd.ctl.{module}")
+            app.command(name, epilog=getattr(code, shown) if shown else None)(getattr(code, attribute))
+    for name, (module, attribute) in _GROUPS.items():
+        if name in named:
+            app.add_typer(getattr(importlib.import_module(f"mycoswarmd.ctl.{module}"), attribute), name=name)
+    if "engine" in named:
+        app.add_typer(_engine_app(word), name="engine", help=_ENGINE_HELP)
     return app
 
 
@@ -81,12 +104,15 @@ def _start(
     try:
         ctx.obj = Session(socket, state, on_node)
     except MycoswarmError as exc:
-        print(error_text(exc, Paint(is_on=False)), file=sys.stderr)
+        if _wants_json(sys.argv):
+            print(json.dumps({"error": error_document(exc)}))
+        else:
+            print(error_text(exc, Paint(is_on=False)), file=sys.stderr)
         raise typer.Exit(exc.exit_code) from exc
 
 
-def _engine_app(argv: list[str]) -> typer.Typer:
-    if _first_word(argv[1:]) != "engine":
+def _engine_app(word: str) -> typer.Typer:
+    if word != "engine":
         return make_app(_ENGINE_HELP)
     app: typer.Typer = importlib.import_module("mycoswarmd.ctl.engine_install").engine_app
     return app
@@ -102,13 +128,40 @@ def _first_word(arguments: list[str]) -> str:
     return ""
 
 
+def _wants_json(argv: Sequence[str]) -> bool:
+    """Tell whether the caller wants JSON, also where the command line is wrong."""
+    words = argv[: argv.index("--")] if "--" in argv else argv
+    return "--json" in words
+
+
+def _run_for_program(app: typer.Typer) -> int:
+    """Run the command line; what is wrong with it is said as JSON, as any other error."""
+    # typer brings a click of its own, or uses another: the class is found by what typer hands out.
+    wrong_usage: Any = typer.BadParameter.__mro__[1]
+    try:
+        code = app(prog_name="mycoswarmctl", standalone_mode=False)
+    except wrong_usage as exc:
+        said = str(exc.format_message())
+        wrong = BadRequest(
+            "bad-usage",
+            f"cannot use this command line: {said[:1].lower()}{said[1:]}",
+            hint="the command with --help says what it takes",
+        )
+        print(json.dumps({"error": error_document(wrong)}), flush=True)
+        return wrong.exit_code
+    return code if isinstance(code, int) else 0
+
+
 def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a C locale cannot print every answer
     try:
-        make_ctl(sys.argv)(prog_name="mycoswarmctl")
+        app = make_ctl(sys.argv, only_named=_COMPLETES not in os.environ)
+        if _wants_json(sys.argv):
+            sys.exit(_run_for_program(app))
+        app(prog_name="mycoswarmctl")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

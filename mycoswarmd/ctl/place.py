@@ -36,6 +36,10 @@ def find_place(socket: Path | None, state: Path | None, node: str | None) -> Pla
     is_told = socket is not None or state is not None
     if node and is_told:
         raise BadRequest("bad-option", "cannot use both --node and a socket", hint="give one of them")
+    if node is not None and not node.strip():  # such as "$BOX" where it is unset
+        raise BadRequest(
+            "bad-option", "cannot use an empty name for --node", hint="leave it out, or name one"
+        )
     named = node or ("" if is_told else os.environ.get("MYCOSWARM_NODE", ""))
     if named:
         return Place(socket=path, is_remote=True, node=named)

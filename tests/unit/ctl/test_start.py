@@ -1,5 +1,6 @@
 """The command starts at once, loads nothing that it does not need, and ends quietly."""
 
+import json
 import os
 import re
 import resource
@@ -8,9 +9,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from mycoswarmd.ctl.main import make_ctl
 from tests.unit.ctl.fakenode import Asked, FakeNode, Reply, answer, ctl
 
 HEAVY = {
@@ -110,6 +114,60 @@ def test_a_wrong_command_line_exits_2_and_is_no_traceback(arguments: tuple[str, 
     ran = start(*arguments)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "Traceback" not in ran.stderr and "Usage:" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("init",),
+        ("ask", "--nonsense", "x"),
+        ("run", "--priority", "11", "x"),
+        ("run", "--priority", "high", "x"),
+        ("policy", "nonsense"),
+        ("nodes", "ping", "a", "b"),
+        ("nonsense",),
+        ("enroll", "--operator=perhaps"),
+        ("--node", "", "status"),
+    ],
+)
+def test_a_wrong_command_line_is_said_in_json_where_json_is_wanted(arguments: tuple[str, ...]) -> None:
+    ran = start(*arguments, "--json")
+    assert (ran.returncode, ran.stderr) == (2, "")
+    error = json.loads(ran.stdout)["error"]
+    assert error["exit_code"] == 2 and error["message"].startswith("cannot ")
+    assert start(*arguments).stdout == ""
+
+
+def test_json_does_not_change_how_commands_end(node: FakeNode) -> None:
+    node.on("GET", "/api/doctor", answer({"checks": [{"name": "x", "severity": "fail"}]}))
+    assert ctl(node, "doctor", "--json").code == 1
+    assert ctl(node, "models", "--json").code == 1
+    node.on("GET", "/api/models", answer({"models": []}))
+    assert ctl(node, "models", "--json").code == 0
+    ran = start("status", "--help", "--json")
+    assert ran.returncode == 0 and "Usage:" in ran.stdout
+
+
+def test_a_command_loads_no_other(node: FakeNode) -> None:
+    node.on("GET", "/api/models", answer({"models": []}))
+    ran = start("--socket", str(node.path), "models", flags=("-X", "importtime"))
+    assert ran.returncode == 0, ran.stderr
+    assert loaded(ran).isdisjoint({"mycoswarmd.ctl.tasks", "mycoswarmd.ctl.ask", "mycoswarmd.core.tasks"})
+
+
+def test_every_command_is_there_by_itself_as_in_the_whole() -> None:
+    whole = start("--help").stdout
+    names = re.findall(r"^  ([a-z]+) {2,}\S", whole.partition("Commands:")[2], re.MULTILINE)
+    assert {"ask", "init", "nodes", "engine", "restore"} <= set(names)
+    group: Any = get_command(make_ctl(["mycoswarmctl"]))
+    assert set(names) == set(group.commands)
+    for name in names:
+        alone: Any = get_command(make_ctl(["mycoswarmctl", name], only_named=True))
+        assert set(alone.commands) == {name}
+        if name != "engine":
+            assert [one.opts for one in alone.commands[name].params] == [
+                one.opts for one in group.commands[name].params
+            ]
 
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
