@@ -159,7 +159,7 @@ class Doorman:
                 hint="mycoswarmctl nodes, on another node, shows who is",
             )
         if member.role is Role.OPERATOR:
-            return Caller(Principal(is_owner=True, operator=member.name), _OPERATOR)
+            return Caller(Principal(is_owner=True, operator=member.name, operator_id=member.id), _OPERATOR)
         principal = Principal(node=member.name, node_id=member.id)
         return Caller(principal, _SIGNER if member.is_signer else _NODE, Start.PEER)
 

@@ -86,6 +86,7 @@ class Principal:
     node: str | None = None  # the roster's name for the key that was proved
     node_id: str | None = None  # and its id
     operator: str | None = None  # the roster's name for a person's key
+    operator_id: str | None = None  # and its id
     agent: str | None = None
 
     def describe(self) -> str:

@@ -196,6 +196,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             clock=clock,
             entropy=entropy,
             bounds=TaskBounds(slots=settings.task_slots, max_open=settings.max_open_tasks),
+            is_member=lambda node_id: swarm.member(node_id) is not None,
         )
         machine = NodeMachine(
             settings=settings,

@@ -39,6 +39,7 @@ def principal_text(principal: Principal) -> str:
             "node": principal.node,
             "node_id": principal.node_id,
             "operator": principal.operator,
+            "operator_id": principal.operator_id,
             "agent": principal.agent,
         },
         sort_keys=True,

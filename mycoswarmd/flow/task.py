@@ -76,7 +76,9 @@ class Tasks:
         clock: Clock,
         entropy: Entropy,
         bounds: TaskBounds,
+        is_member: Callable[[str], bool] = lambda node_id: False,
     ) -> None:
+        self._is_member = is_member
         self._policy = policy
         self._prompts = prompts
         self._store = store
@@ -262,6 +264,11 @@ class Tasks:
             return AttemptEnd(TaskState.FAILED, "unknown-agent", "the policy no longer has this agent")
         if (end := running.ended_by()) is not None:  # cancelled before it began
             return end
+        operator_id = task.spec.submitter.operator_id
+        if operator_id is not None and not self._is_member(operator_id):
+            return AttemptEnd(
+                TaskState.FAILED, "submitter-put-out", "the operator who posted it was put out of the swarm"
+            )
         speaker = Speaker(
             principal=Principal(agent=profile.name), label=task.label, tainted=task.tainted, task_id=task.id
         )

@@ -83,6 +83,7 @@ def encode_spec(spec: TaskSpec) -> str:
                 "node": by.node,
                 "node_id": by.node_id,
                 "operator": by.operator,
+                "operator_id": by.operator_id,
                 "agent": by.agent,
             },
         }

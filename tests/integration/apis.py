@@ -539,6 +539,7 @@ def _services(
         clock=clock,
         entropy=entropy,
         bounds=TaskBounds(slots=1, max_open=10),
+        is_member=lambda node_id: swarm.member(node_id) is not None,
     )
     fleet, words = Fleet(), Words(swarm)
     store = SqliteRosterStore(db)

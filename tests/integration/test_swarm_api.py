@@ -13,6 +13,8 @@ import pytest
 from mycoswarmd.api.lines import Bounds
 from mycoswarmd.core.enrol import Code, Joiner, derive, parse_code
 from mycoswarmd.core.roster import signed
+from mycoswarmd.core.tasks import FINAL, TaskState
+from mycoswarmd.core.types import TaskId
 from mycoswarmd.flow.swarmports import PeerAddress, PeerState, Reach
 from mycoswarmd.wire.peer import parse_word
 from tests.fakes import OPENAI, Turn, chunk, ollama_scripts, serving
@@ -90,10 +92,30 @@ async def test_a_cancelled_invitation_is_no_door() -> None:
         made = (await owner.ask("POST", "/api/swarm/invites", {"role": "node", "name": ""})).json
         assert (await owner.ask("DELETE", f"/api/swarm/invites/{made['invite']}")).status == 200
         refused = await joined(node, made["code"], key("newcomer"))
-        assert (refused.status, refused.code) == (409, "invite-expired")  # said for a minute, then it is no door
+        assert (refused.status, refused.code) == (
+            409,
+            "invite-expired",
+        )  # said for a minute, then it is no door
         roster = node.swarm.roster
         assert roster is not None
         assert len(roster.members) == 1
+
+
+async def test_an_operators_task_does_not_begin_after_it_was_put_out() -> None:
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        body = {"prompt": "hello", "agent": "scribe", "model": "small"}
+        posted = await node.ask(anna, "POST", "/api/tasks", body)
+        assert posted.status == 202, posted.body
+        task_id = TaskId(posted.json["task"]["id"])
+        assert posted.json["task"]["submitter"] == "operator:anna"
+        await node.swarm.revoke("anna", "laptop lost")
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            working = group.create_task(node.services.tasks.run())
+            while (task := await node.services.task_store.get(task_id)).state not in FINAL:
+                await asyncio.sleep(0.02)
+            working.cancel()
+        assert (task.state, task.code) == (TaskState.FAILED, "submitter-put-out")
 
 
 # --- what members ask ---------------------------------------------------------------------------

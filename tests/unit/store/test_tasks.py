@@ -402,7 +402,7 @@ async def test_every_kind_of_submitter_comes_back(store: SqliteTaskStore) -> Non
         Principal(user="u", uid=7, groups=frozenset({"g"})),
         Principal(key="laptop"),
         Principal(node="pi", node_id="a" * 26),
-        Principal(operator="anna", is_owner=True),
+        Principal(operator="anna", operator_id="b" * 26, is_owner=True),
         Principal(agent="scribe"),
     ]
     for number, by in enumerate(everybody):
