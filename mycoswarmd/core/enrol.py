@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from mycoswarmd.core.policy.reader import NAME
+from mycoswarmd.core.names import NAME
 from mycoswarmd.core.roster import MAX_STATEMENTS, ReadCert, Verify
 from mycoswarmd.core.words import six_words
 from mycoswarmd.errors import (

@@ -1,4 +1,4 @@
-"""mycoswarmctl: the command, a client of the daemon's socket. It loads what its command needs, and no more."""
+"""mycoswarmctl: a client of the daemon's socket. It loads what its command needs, and no more."""
 
 import importlib
 import json

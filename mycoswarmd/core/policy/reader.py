@@ -4,16 +4,15 @@ A getter that finds something wrong notes it and returns a harmless value, so th
 found too; a document with any problem never becomes a policy.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
+from mycoswarmd.core.names import NAME
 from mycoswarmd.core.policy.lines import Lines, Path
 from mycoswarmd.core.policy.model import MAX_NAME
 from mycoswarmd.core.policy.request import near
 from mycoswarmd.errors import Problem
 
-NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KINDS: Final = {str: "text", int: "a whole number", bool: "true or false", dict: "a table", list: "a list"}
 # More than this is a broken generator, not a policy; the rest of its problems would not be read anyway.
 MAX_PROBLEMS: Final = 100
