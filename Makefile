@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-dev
 RUNTIME_STAMP := $(VENV)/.installed
 # Programs of the distribution that the node and its tests start.
 RUN_PACKAGES := bubblewrap libgomp1 libstdc++6 python3 python3-venv
-TEST_PACKAGES := $(RUN_PACKAGES) git procps strace iproute2 util-linux gcc libc6-dev pandoc man-db tshark nmap faketime
+TEST_PACKAGES := $(RUN_PACKAGES) git procps strace iproute2 util-linux gcc libc6-dev pandoc man-db tshark nmap
 PARALLEL ?= 2
 
 .PHONY: help demo test lint bench man clean

@@ -38,7 +38,6 @@ _BRING_UP = """
 echo 0 > /proc/sys/net/ipv6/conf/all/accept_dad
 echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
 hostname {hostname}
-mount -t tmpfs none /dev/shm
 ip link set lo up
 """
 POLICY = """
