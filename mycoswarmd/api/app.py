@@ -61,7 +61,7 @@ _KNOCKS_OF_EACH = Rate(burst=60, per_s=5)
 _KNOCKS_OF_ALL = Rate(burst=240, per_s=20)
 # A handshake takes 1 to 5 ms of a processor; members keep their connections.
 _SHAKES_OF_EACH = Rate(burst=256, per_s=32)
-_SHAKES_OF_ALL = Rate(burst=1024, per_s=256)
+_SHAKES_OF_ALL = Rate(burst=1024, per_s=128)
 # For an answer to a stranger, which is at most the whole roster.
 _ANSWER_S = 30.0
 # A peer that does not say goodbye keeps a connection that is closed on our side for so long.
@@ -98,6 +98,8 @@ class Api:
         now_s = services.clock.monotonic_s
         self._knocks = Buckets(monotonic_s=now_s, each=_KNOCKS_OF_EACH, all_=_KNOCKS_OF_ALL)
         self._shakes = Buckets(monotonic_s=now_s, each=_SHAKES_OF_EACH, all_=_SHAKES_OF_ALL)
+        # No crowd of others uses up what members need.
+        self._member_shakes = Buckets(monotonic_s=now_s, each=_SHAKES_OF_EACH, all_=_SHAKES_OF_ALL)
 
     @asynccontextmanager
     async def begun(self) -> AsyncIterator[None]:
@@ -173,7 +175,8 @@ class Api:
                     await asyncio.sleep(0 if exc.errno in _OVER_ALREADY else _FULL_S)
                     continue
                 source = source_of(peername)
-                if not self._lines.has_room(source) or not self._shakes.take(source):
+                shakes_left = self._member_shakes if self._lines.is_known(source) else self._shakes
+                if not self._lines.has_room(source) or not shakes_left.take(source):
                     connection.close()
                 else:
                     shake = group.create_task(self._shake(connection, source, server, context), name="shake")

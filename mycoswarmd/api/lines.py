@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import logging
 import ssl
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +30,10 @@ _SILENT.disabled = True
 _KEEPALIVE_S = 75.0
 # aiohttp before 3.9 lets a handler run on when its caller has gone away; there we do what later ones do.
 _CANCELS_HANDLERS = "handler_cancellation" in inspect.signature(web.Server.__init__).parameters
+
+
+# Where members came from; the longest unseen one is forgotten.
+_SOURCES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,7 @@ class Lines:
     _doors: Counter[str] = field(default_factory=Counter)
     _strangers: Counter[str] = field(default_factory=Counter)
     _handshakes: list[_Handshake] = field(default_factory=list)
+    _proved: OrderedDict[str, None] = field(default_factory=OrderedDict)  # sources of members
 
     def of(self, request: BaseRequest) -> Line | None:
         """Return the line of a request, or None when it has ended."""
@@ -123,6 +128,11 @@ class Lines:
             line.allow(self.bounds.patience_s)
         self._lines[handler] = line
         self._count(line, +1)
+        if line.node_id is not None:
+            self._proved[line.source] = None
+            self._proved.move_to_end(line.source)
+            if len(self._proved) > _SOURCES:
+                self._proved.popitem(last=False)
 
     def closed(self, handler: RequestHandler) -> None:
         """Forget a connection."""
@@ -132,6 +142,10 @@ class Lines:
         line.allow(None)
         self._count(line, -1)
         self.refused.discard(handler)
+
+    def is_known(self, source: str) -> bool:
+        """Tell whether some member proved its key from there lately."""
+        return source in self._proved
 
     def check(self, request: BaseRequest) -> None:
         """Raise Unavailable for a request on a connection that is one too many."""

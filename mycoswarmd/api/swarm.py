@@ -139,7 +139,9 @@ async def revoke(call: Call) -> StreamResponse:
     """Put a member out for ever."""
     body = call.json()
     reason = get_str(body, "reason", where="body", default="", max_len=_REASON_CHARS)
-    return json_answer(_member(await desk_of(call).swarm.revoke(_node(body), reason)))
+    swarm = desk_of(call).swarm
+    member = await swarm.revoke(_node(body), reason)
+    return json_answer({**_member(member), "signers": swarm.signer_names()})
 
 
 async def add_signer(call: Call) -> StreamResponse:
@@ -149,7 +151,10 @@ async def add_signer(call: Call) -> StreamResponse:
 
 async def remove_signer(call: Call) -> StreamResponse:
     """Void a signer's key."""
-    return json_answer(_member(await desk_of(call).swarm.remove_signer(call.path["node"])))
+    swarm, text = desk_of(call).swarm, call.path["node"]
+    member = await swarm.remove_signer(text)
+    gone = _member(member) if member is not None else {"id": text, "name": text, "signer": False}
+    return json_answer({**gone, "signers": swarm.signer_names()})
 
 
 async def leave(call: Call) -> StreamResponse:

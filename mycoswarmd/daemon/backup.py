@@ -7,6 +7,7 @@ read it. `mycoswarmctl restore` accepts exactly these names.
 import asyncio
 import contextlib
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import AsyncGenerator
@@ -21,11 +22,12 @@ DATABASE = "mycoswarm.db"
 RESTORED = "restored"
 RESTORED_BOOTS = 1 << 20
 _PIECE_BYTES = 256 << 10
+_PREFIX = "backup-"
 
 
 async def backup(db: Database, settings: Settings) -> AsyncGenerator[bytes, None]:
     """Yield the tar piece by piece; StoreError where there is no room for the database's copy."""
-    with tempfile.TemporaryDirectory(dir=settings.state_dir, prefix="backup-") as directory:
+    with tempfile.TemporaryDirectory(dir=settings.state_dir, prefix=_PREFIX) as directory:
         copy = Path(directory) / DATABASE
         await db.snapshot(copy)
         archive = Path(directory) / "tar"
@@ -35,13 +37,16 @@ async def backup(db: Database, settings: Settings) -> AsyncGenerator[bytes, None
                 yield piece
 
 
-def take_restore_mark(settings: Settings) -> int:
-    """Return how many starts the next one counts for, and remove what `mycoswarmctl restore` left."""
-    mark = settings.state_dir / RESTORED
-    if not mark.exists():
-        return 1
-    mark.unlink()
-    return RESTORED_BOOTS
+def starts_to_count(settings: Settings) -> int:
+    """Return how many starts this one counts for: many, right after a restore."""
+    return RESTORED_BOOTS if (settings.state_dir / RESTORED).exists() else 1
+
+
+def tidy(settings: Settings) -> None:
+    """Remove the mark of a restore that was counted, and what a backup left that was cut off: it has keys."""
+    (settings.state_dir / RESTORED).unlink(missing_ok=True)
+    for leftover in settings.state_dir.glob(f"{_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _pack(archive: Path, database: Path, settings: Settings) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 from mycoswarmd.api.access import RosterBook
 from mycoswarmd.api.services import SwarmDesk
-from mycoswarmd.daemon.backup import take_restore_mark
+from mycoswarmd.daemon.backup import starts_to_count, tidy
 from mycoswarmd.daemon.clock import SystemClock, SystemEntropy
 from mycoswarmd.daemon.membership import Membership, NodeTls, own_port
 from mycoswarmd.daemon.ownword import OwnWord
@@ -95,7 +95,8 @@ async def make_swarm(
         verify=verify,
         read_cert=read_certificate,
     )
-    await swarm.start(boots=take_restore_mark(settings))
+    await swarm.start(boots=starts_to_count(settings))
+    tidy(settings)  # only now: the count is on disk
     tls = NodeTls(swarm)
     dialer = PeerHttp(client_context=tls.client_context, knock_context=knock_context)
     fleet = Fleet(

@@ -44,6 +44,7 @@ LABEL_HEADER = "X-Mycoswarm-Label"
 _LABEL_CHARS = 64
 # Each holds a connection and a prompt; the member has its own, narrower bounds.
 _AT_ONCE = 32
+_RETRY_AFTER_CHARS = 4
 _MAX_RETRY_AFTER_S = 600
 
 
@@ -205,7 +206,7 @@ class _Crossing(Exchange):
                     f"cannot find model {prompt.model[:80]!r}: node {node!r} does not serve it any more",
                 )
             case 429 | 503:
-                retry_after = response.headers.get("Retry-After", "")
+                retry_after = response.headers.get("Retry-After", "")[:_RETRY_AFTER_CHARS]
                 return Unavailable(
                     "peer-busy",
                     f"cannot answer now: node {node!r} says not now{cause}",

@@ -62,7 +62,8 @@ class Fleet:
             dialer,
             clock=clock,
             link_of=self._link,
-            is_same=lambda link, address: self._hints.prove(link.member.id, address),
+            # Whoever relays to it looks like it: worth a hint, and no more.
+            is_same=self._on_same,
             is_another=self._on_double,
         )
         self._around = Around(
@@ -239,6 +240,9 @@ class Fleet:
         del failure  # a refusal often looks like a connection that ends
         if self._hints.addresses(link.member.id):
             self._knocker.want(link.member.id, is_ours=True)
+
+    def _on_same(self, link: Link, address: PeerAddress) -> None:
+        self._hints.add(link.member.id, address)
 
     def _on_told(self, untrusted_peers: Mapping[str, object]) -> None:
         """Take what a member says about where others are, as hints."""
