@@ -297,8 +297,12 @@ async def test_a_second_address_of_one_machine_is_no_copy(home: Home) -> None:
     assert b.port is not None
     second = PeerAddress("127.0.0.2", b.port)
     await b.listen_also(second)
+    asked = b.behaviour.asked("/swarm/word")
     tell(a, b, second)
-    await a.until(lambda: second in a.fleet._hints.proved(b.id))
+    await a.until(lambda: b.behaviour.asked("/swarm/word") > asked)  # it was looked at there
+    # Whoever relays to a node looks like it: its address is a hint, and what was proved stays so.
+    assert second in a.fleet._hints.addresses(b.id)
+    assert a.fleet._hints.proved(b.id) == [b.address]
     assert a.state_of(b).alarm == "" and a.state_of(b).address == b.address
 
 
