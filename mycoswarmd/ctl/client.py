@@ -69,6 +69,10 @@ class Transport(Protocol):
         """Send a request and hold its answer; what is refused or unreachable is raised."""
         ...
 
+    def close(self) -> None:
+        """End what was kept open."""
+        ...
+
 
 class UnixTransport:
     """The way to the daemon on this machine: its socket."""
@@ -94,12 +98,19 @@ class UnixTransport:
         )
         return opened
 
+    def close(self) -> None:
+        """Do nothing: no connection is kept."""
+
 
 class Client:
     """Talks to one daemon: to the one at a socket, or by another way."""
 
     def __init__(self, where: Path | Transport) -> None:
         self._transport = UnixTransport(where) if isinstance(where, Path) else where
+
+    def close(self) -> None:
+        """End what is open. Idempotent."""
+        self._transport.close()
 
     def get(self, path: str, **query: object) -> Doc:
         """Fetch a JSON document; a value of None leaves its name out of the query."""

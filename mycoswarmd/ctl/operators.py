@@ -125,13 +125,18 @@ class Operator:
         """Return where a member was reached before, the last place first."""
         return _read_addresses(self._directory).get(node_id, [])
 
+    def last(self) -> str:
+        """Return the id of the member that was reached last; "" for none."""
+        return next(iter(_read_addresses(self._directory)), "")
+
     def found(self, node_id: str, address: Address) -> None:
-        """Remember where a member was reached."""
+        """Remember where a member was reached, and that it was the last one."""
         known = _read_addresses(self._directory)
-        before = known.get(node_id, [])
-        if before[:1] == [address]:
+        before = known.pop(node_id, [])
+        places = [address, *(one for one in before if one != address)][:_MAX_ADDRESSES]
+        if places == before and self.last() == node_id:
             return
-        known[node_id] = [address, *(one for one in before if one != address)][:_MAX_ADDRESSES]
+        known = {node_id: places, **known}
         kept = {one: places for one, places in known.items() if one in self.roster.members}
         text = json.dumps({one: [show(place) for place in places] for one, places in kept.items()})
         write_file(self._directory / _ADDRESSES_FILE, text.encode())

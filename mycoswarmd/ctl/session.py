@@ -58,6 +58,11 @@ class Session:
         remote = importlib.import_module("mycoswarmd.ctl.tlshttp")
         return Client(remote.open_remote(self._place.node, self.aside))
 
+    def close(self) -> None:
+        """End the connection that a command has used, if it has used one."""
+        if isinstance(used := self.__dict__.get("client"), Client):
+            used.close()
+
     def document(self, value: object) -> None:
         """Print one JSON document. ASCII only, so that it too is safe on a terminal."""
         print(json.dumps(value, indent=2))
@@ -181,6 +186,8 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
         except BrokenPipeError as exc:
             drop_stdout()
             raise typer.Exit(128 + signal.SIGPIPE) from exc
+        finally:
+            session.close()
 
     return run
 

@@ -15,9 +15,11 @@ import contextlib
 import http.client
 import json
 import re
+import select
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -70,6 +72,12 @@ class TlsConnection(http.client.HTTPConnection):
         self.cert_der = tls.getpeercert(binary_form=True) or b""
         tls.settimeout(self._timeout_s)
         self.sock = tls
+
+    def is_quiet(self) -> bool:
+        """Tell whether it is open and nothing has come: neither an end, nor what nobody asked for."""
+        if not isinstance(self.sock, ssl.SSLSocket):
+            return False
+        return not self.sock.pending() and not select.select([self.sock], [], [], 0)[0]
 
     def putrequest(self, *args: object, **kwargs: object) -> None:
         """Begin a request; never on a second connection, whose other side nobody has looked at."""
@@ -138,6 +146,8 @@ class Remote:
         self._where = where
         self._say = say
         self._at: tuple[str, Address] | None = None
+        self._kept: tuple[Member, Address, TlsConnection] | None = None
+        self._has_said = False
 
     @contextlib.contextmanager
     def open(
@@ -152,10 +162,13 @@ class Remote:
     ) -> Iterator[HttpAnswer]:
         """Send a request to the node and hold its answer; the roster is brought up to date afterwards."""
         self._own.check()
-        member, address, connection = self._connect(timeout_s)
+        # Only reading is asked for on a connection that was kept: it may be asked for again.
+        kept = self._take_kept(timeout_s) if method == "GET" else None
+        member, address, connection = kept or self._connect(timeout_s)
         heard: list[str] = []
-        try:
-            with exchange(
+
+        def ask() -> AbstractContextManager[HttpAnswer]:
+            return exchange(
                 connection,
                 method,
                 target,
@@ -164,7 +177,19 @@ class Remote:
                 who=f"node {member.name}",
                 on_wait=on_wait,
                 on_head=lambda head: heard.append(head.get(_ROSTER_HEADER, "")),
-            ) as answer:
+                keeps=True,
+            )
+
+        try:
+            with contextlib.ExitStack() as stack:
+                try:
+                    answer = stack.enter_context(ask())
+                except Unreachable as exc:
+                    if kept is None or exc.code != "connection-lost":
+                        raise
+                    member, address, connection = self._connect(timeout_s)  # it had ended
+                    answer = stack.enter_context(ask())
+                self._name(member)
                 yield answer
         except Unreachable as exc:
             self._pull(address)  # whoever has been put out is cut off, also in the middle
@@ -178,10 +203,21 @@ class Remote:
             self._pull(address)
             self._own.check()
             raise
-        except MycoswarmError:
+        except MycoswarmError as exc:
             self._keep_up(heard, member, address)
+            if isinstance(exc, NotFound) and not self._where:
+                asked = f"{member.name} was asked; --node NAME asks another"
+                exc.hint = f"{asked}; {exc.hint}" if exc.hint else asked
             raise
+        self.close()
+        self._kept = (member, address, connection)
         self._keep_up(heard, member, address)
+
+    def close(self) -> None:
+        """End the connection that was kept. Idempotent."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept[2].close()
 
     def post(self, path: str, body: Mapping[str, object]) -> Doc:
         """Send and return JSON on a connection of its own, without looking at the roster."""
@@ -192,6 +228,24 @@ class Remote:
         """Ask the node that was spoken to last for its roster, as anybody may."""
         if self._at is not None:
             self._pull(self._at[1])
+
+    def _take_kept(self, timeout_s: float | None) -> tuple[Member, Address, TlsConnection] | None:
+        """Return the connection of the request before, if it is open and the member still is one."""
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return None
+        member, _, connection = kept
+        if self._own.roster.members.get(member.id) != member or not connection.is_quiet():
+            connection.close()
+            return None
+        connection.sock.settimeout(timeout_s)
+        return kept
+
+    def _name(self, member: Member) -> None:
+        """Say once which node it is, where nobody has named one."""
+        if not self._where and not self._has_said:
+            self._say(f"node: {member.name}")
+        self._has_said = True
 
     # --- finding the node ------------------------------------------------------------------------
 
@@ -270,6 +324,11 @@ class Remote:
     def _nearest(self) -> Iterator[tuple[Member, Address]]:
         seen = set()
         members = {one.id: one for one in self._own.nodes()}
+        # First the one that was spoken to last: what a person has asked of it, only it knows.
+        if (last := self._own.last()) in members:
+            for address in self._own.addresses(last):
+                seen.add(address)
+                yield members[last], address
         for node_id, address in finding.announced():
             if node_id in members and address not in seen:
                 seen.add(address)

@@ -52,6 +52,10 @@ class HttpAnswer:
         self._check_end()
         return data
 
+    def is_whole(self) -> bool:
+        """Tell whether all of it was read."""
+        return self._response.isclosed()
+
     def lines(self, at_most_bytes: int) -> Iterator[bytes]:
         """Yield whole lines as they come."""
         # Not readline: of a chunked body that ends too early it says nothing.
@@ -111,11 +115,13 @@ def exchange(
     who: str,
     on_wait: Callable[[], None] | None = None,
     on_head: Callable[[Mapping[str, str]], None] | None = None,
+    keeps: bool = False,
 ) -> Iterator[HttpAnswer]:
     """Send a request and yield the head of its answer; an answer of 400 and above is raised.
 
     Args:
-        connection: where to; connected, with the time that the other side may be silent. Closed at the end.
+        connection: where to; connected, with the time that the other side may be silent. Closed at the end,
+            but for `keeps`.
         method: the HTTP method.
         target: path and query.
         body: what to send.
@@ -123,7 +129,9 @@ def exchange(
         who: what the other side is called in errors.
         on_wait: called once, when it is silent for longer than people find natural.
         on_head: called with the headers of any answer, of a refusal too.
+        keeps: leave the connection open for another request, where the answer was read to its end.
     """
+    is_kept = False
     try:
         # A refused upload breaks the pipe; the answer that says why is there already.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -138,6 +146,7 @@ def exchange(
                 receipt = answer.headers.get("x-mycoswarm-receipt", "")
                 raise refusal(answer.status, answer.body(_ERROR_BYTES), receipt=receipt)
             yield answer
+            is_kept = keeps and answer.is_whole()
     except TimeoutError as exc:
         raise Unreachable(
             "no-answer", f"cannot wait longer for {who}", hint="it may be busy: see its log"
@@ -149,7 +158,8 @@ def exchange(
             hint="is it restarting? try again",
         ) from exc
     finally:
-        connection.close()
+        if not is_kept:
+            connection.close()
 
 
 def _too_large(at_most_bytes: int) -> LocalProtocolError:

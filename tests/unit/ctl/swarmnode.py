@@ -121,6 +121,8 @@ class SwarmNode(FakeNode):
     Attributes:
         believes_anybody: break it on purpose: answer also whom the roster does not have.
         cuts_off: end connections of who is out without an answer, as a daemon does.
+        keeps_alive: leave connections open for another request, as a daemon does.
+        connections: how many there were.
         hands_over: break it on purpose: give newcomers the roster of this swarm instead.
     """
 
@@ -138,6 +140,8 @@ class SwarmNode(FakeNode):
         self.believes_anybody = False
         self.hands_over: Home | None = None
         self.cuts_off = False
+        self.keeps_alive = False
+        self.connections = 0
 
     @property
     def address(self) -> str:
@@ -265,6 +269,7 @@ class SwarmNode(FakeNode):
 
             def setup(self) -> None:
                 with node.lock:  # Tls is for one thread
+                    node.connections += 1
                     self.request.settimeout(5)
                     self.request = context.wrap_socket(self.request, server_side=True)
                 super().setup()
@@ -286,7 +291,7 @@ class SwarmNode(FakeNode):
             do_GET = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 - http.server's names
 
             def answer(self, reply: Reply) -> None:
-                self.close_connection = not self.path.startswith("/swarm/enroll/")
+                self.close_connection = not (node.keeps_alive or self.path.startswith("/swarm/enroll/"))
                 self.send_response(reply.status)
                 for name, value in ({"Content-Type": "application/json"} | dict(reply.headers)).items():
                     self.send_header(name, value)

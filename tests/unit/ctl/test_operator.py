@@ -11,7 +11,7 @@ import pytest
 from mycoswarmd.core.roster import StatementSet
 from mycoswarmd.core.words import six_words
 from mycoswarmd.ctl import finding, operators
-from tests.unit.ctl.fakenode import Ran, Reply, answer, ctl, events, refuse
+from tests.unit.ctl.fakenode import Asked, Ran, Reply, answer, ctl, events, refuse
 from tests.unit.ctl.swarmnode import Home, Invitation, Relay, SwarmNode, identity
 
 MODELS = answer({"models": [{"name": "small", "zone": "self"}]})
@@ -566,3 +566,69 @@ def test_leaving_where_nobody_can_be_told_keeps_the_key(anna: Laptop) -> None:
     ran = anna.ctl("leave", "--operator", "--yes", "--json")
     assert ran.code == 4
     assert (anna.directory / "node.key").exists()
+
+
+# --- one node, one connection ----------------------------------------------------------------
+
+
+@pytest.fixture
+def telling(pc: SwarmNode) -> SwarmNode:
+    pc.on("GET", "/api/status", answer({"node": "pc", "state": "green", "swarm": {"name": "home"}}))
+    pc.on("GET", "/api/tasks", answer({"tasks": []}))
+    pc.on("GET", "/api/swarm", answer({"swarm": {"name": "home"}, "nodes": []}))
+    return pc
+
+
+def test_all_that_a_command_reads_is_read_on_one_connection(anna: Laptop, telling: SwarmNode) -> None:
+    telling.keeps_alive = True
+    assert anna.ctl("status").code == 0
+    assert telling.paths() == ["GET /api/status", "GET /api/swarm"]
+    assert telling.connections == 1
+
+
+def test_a_connection_that_ended_unseen_is_made_anew_for_reading(
+    anna: Laptop, telling: SwarmNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mycoswarmd.ctl.tlshttp.TlsConnection.is_quiet", lambda self: self.sock is not None)
+    ran = anna.ctl("status")
+    assert ran.code == 0, ran.err
+    assert telling.paths() == ["GET /api/status", "GET /api/swarm"]
+    assert telling.connections == 2
+
+
+def test_a_member_that_was_put_out_is_not_spoken_to_on_the_connection_that_is_open(
+    anna: Laptop, telling: SwarmNode
+) -> None:
+    telling.keeps_alive = True
+
+    def out_now(asked: Asked) -> Reply:
+        del asked
+        telling.home.take(telling.home.revoke(telling.own.node_id))
+        return answer({"node": "pc", "state": "green", "swarm": {"name": "home"}})
+
+    telling.on("GET", "/api/status", out_now)
+    ran = anna.ctl("status")
+    assert ran.code != 0 and "put out of the swarm" in ran.err
+    assert "GET /api/swarm" not in telling.paths()
+
+
+def test_the_node_is_named_where_nobody_named_one(anna: Laptop, telling: SwarmNode) -> None:
+    ran = anna.ctl("status")
+    assert ran.err == "node: study-pc\n"
+    assert anna.ctl("--node", "study-pc", "status").err == ""
+    assert anna.ctl("status", "--json").err == ""
+    ran = anna.ctl("cancel", "t-1")
+    assert ran.code == 1
+    assert "study-pc was asked; --node NAME asks another" in ran.err
+    assert "was asked" not in anna.ctl("--node", "study-pc", "cancel", "t-1").err
+
+
+def test_the_node_that_was_spoken_to_last_is_asked_again(
+    anna: Laptop, telling: SwarmNode, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with second(home, "kitchen-pi") as pi:
+        announce(monkeypatch, (pi.own.node_id, pi.port), (telling.own.node_id, telling.port))
+        for name in ("kitchen-pi", "study-pc", "kitchen-pi"):
+            assert anna.ctl("--node", name, "models").code == 0
+            assert anna.ctl("models").err == f"node: {name}\n"
+    assert anna.ctl("models").err == "node: study-pc\n"  # the other one is off
