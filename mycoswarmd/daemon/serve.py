@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+from asyncio import sslproto
 from pathlib import Path
 
 import sdnotify
@@ -19,6 +20,8 @@ log = logging.getLogger("mycoswarmd")
 
 # Connections are bounded to about 3,200 in all (api/lines.py).
 _OPEN_FILES = 8_192
+# asyncio reserves 256 KiB for each end of a TLS connection; a swarm of ten has forty ends.
+_TLS_BUFFER_BYTES = 32 << 10
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -46,6 +49,7 @@ def run_forever(
     )
     os.umask(0o077)
     _raise_file_limit()
+    sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     settings = load_settings(
         Options(
             state=state,
