@@ -253,7 +253,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             "word": word.run,
         }
         background |= {f"engine:{engine.name}": engine.run for engine in engines}
-        listeners = _listeners(settings)  # what cannot be bound is said before anything runs
+        listeners = _listeners(settings, stack)  # what cannot be bound is said before anything runs
         await stack.enter_async_context(_in_background(background))
         await policy_desk.record("started")
         await stack.enter_async_context(api.begun())
@@ -320,12 +320,14 @@ def _open_policy(settings: Settings, clock: SystemClock) -> PolicyKeeper:
     return keeper
 
 
-def _listeners(settings: Settings) -> list[tuple[socket.socket, Listener]]:
+def _listeners(settings: Settings, stack: AsyncExitStack) -> list[tuple[socket.socket, Listener]]:
     # The policy decides what each local user may do, so every account may knock; the directory's
     # own mode keeps them out where the node is one person's.
     found: list[tuple[socket.socket, Listener]] = [
         (bind_unix(settings.socket_path, mode=0o666), Listener(hosts=None))
     ]
+    # A socket that nobody listens at any more looks like a node that is down.
+    stack.callback(settings.socket_path.unlink, missing_ok=True)
     if settings.listen is not None:
         host, port = settings.listen
         names = {f"{name}:{port}" for name in (host if ":" not in host else f"[{host}]", "localhost")}

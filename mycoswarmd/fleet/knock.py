@@ -125,7 +125,9 @@ class Knocker:
             log.debug("nothing was pulled from %s: no answer within %g s", address, WITHIN_S)
             return 0
         except BadRequest as exc:
-            log.info("nothing was pulled from %s: %s", address, exc.message)
+            # A neighbour's swarm announces itself as often as ours does.
+            level = logging.DEBUG if exc.code == "other-swarm" else logging.INFO
+            log.log(level, "nothing was pulled from %s: %s", address, exc.message)
             return 0
         except MycoswarmError as exc:
             log.debug("nothing was pulled from %s: %s", address, exc.message)

@@ -125,6 +125,12 @@ def test_a_broken_policy_denies_everything_but_status(state: Path) -> None:
         assert daemon.call("POST", "/api/tasks", {"prompt": "x", "agent": "scribe"}).status == 403
 
 
+def test_a_node_that_stopped_leaves_no_socket(state: Path) -> None:
+    with node(state) as it:
+        assert it.socket.exists()
+    assert not it.socket.exists()
+
+
 def test_the_owner_mends_a_policy_that_was_broken_from_the_start(state: Path) -> None:
     good = (state / "policy.toml").read_text()
     write_private(state / "policy.toml", "schema = 1\nname = ")
