@@ -52,6 +52,7 @@ def restore(
     backup was made of must not run any more.
     """
     session = begin(ctx, as_json=as_json)
+    session.stay_here()
     names: list[str] = importlib.import_module(_RESTORING).restore(file, state)
     if as_json:
         session.document({"state": str(state), "files": names})

@@ -90,6 +90,7 @@ def install(
     About 127 MB to download and 204 MB on disk. A download that broke off goes on where it was.
     """
     session = begin(ctx, as_json=as_json)
+    session.stay_here()
     Installer(session, _find_state(state, ctx.find_root().params.get("state")), index_url).run(model=model)
 
 

@@ -5,6 +5,7 @@ made; the person at --confirm only says yes or no to the key that came with it.
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -109,9 +110,14 @@ def _show(session: Session, made: Doc, role: str) -> None:
     print()
     print(f"    {session.paint('bold', line(made.get('code')))}")
     print()
-    command = "mycoswarmctl enroll --operator" if role == "operator" else "sudo mycoswarmctl enroll"
+    command = "mycoswarmctl enroll --operator" if role == "operator" else f"{_sudo()}mycoswarmctl enroll"
     where = "on the laptop" if role == "operator" else "on the new node"
     print(f"good once, for {span(made.get('expires_in_s'))}. {where}, type: {command}", flush=True)
+
+
+def _sudo() -> str:
+    """Return what goes before a command to a node, if the newcomer is installed as this one is."""
+    return "sudo " if os.geteuid() == 0 else ""
 
 
 def _list(session: Session) -> None:

@@ -20,7 +20,7 @@ def create(
     For programs on this machine that speak the OpenAI API at http://127.0.0.1:7436/v1.
     """
     session = begin(ctx, as_json=as_json)
-    answer = session.client.post("/api/keys", {"name": name})
+    answer = session.local.post("/api/keys", {"name": name})
     if as_json:
         session.document(answer)
         return
@@ -33,7 +33,7 @@ def create(
 def show(ctx: typer.Context, as_json: bool = JSON) -> None:
     """List keys, also revoked ones."""
     session = begin(ctx, as_json=as_json)
-    answer = session.client.get("/api/keys")
+    answer = session.local.get("/api/keys")
     if as_json:
         session.document(answer)
         return
@@ -59,7 +59,7 @@ def revoke(
 ) -> None:
     """Revoke a key, at once."""
     session = begin(ctx, as_json=as_json)
-    answer = session.client.delete(f"/api/keys/{segment(name)}")
+    answer = session.local.delete(f"/api/keys/{segment(name)}")
     if as_json:
         session.document(answer)
     else:

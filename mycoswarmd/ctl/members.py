@@ -86,7 +86,9 @@ def ping(
 def revoke(
     ctx: typer.Context,
     node: str = _NODE,
-    reason: str = typer.Option("", "--reason", metavar="TEXT", help="Why; every member sees it."),
+    reason: str = typer.Option(
+        "", "--reason", metavar="TEXT", help="Why; every member sees it, and who can reach one."
+    ),
     yes: bool = _YES,
     as_json: bool = JSON,
 ) -> None:
@@ -96,7 +98,11 @@ def revoke(
     mistake is invited again and gets a new one.
     """
     session = begin(ctx, as_json=as_json)
-    row = member(fetch(session, here=True), node)
+    known = fetch(session, here=True)
+    row = member(known, node)
+    own = known.get("self") or {}
+    if own.get("signer") is False:
+        raise _no_signer(known)
     if not as_json:
         session.text(f"{line(row.get('name'))}  {line(row.get('id'))}  {_role(row)}")
     if row.get("self"):
@@ -127,13 +133,18 @@ def signers(ctx: typer.Context, as_json: bool = JSON) -> None:
 
 @signers_app.command("add", epilog=examples("mycoswarmctl signers add study-pc"))
 @guarded
-def add_signer(ctx: typer.Context, node: str = _NODE, as_json: bool = JSON) -> None:
-    """Let another node admit and revoke.
+def add_signer(ctx: typer.Context, node: str = _NODE, yes: bool = _YES, as_json: bool = JSON) -> None:
+    """Let another node admit and revoke, after asking at a terminal.
 
     It makes a signing key of its own. Two signers are better than one: the second revokes the first when
     that is stolen.
     """
     session = begin(ctx, as_json=as_json)
+    rows = fetch(session, here=True).get("nodes") or []
+    if any(row.get("signer") and node in {row.get("name"), row.get("id")} for row in rows):
+        raise Conflict("signer-already", f"cannot make {node!r} a signer: it is one")
+    if session.is_interactive():  # in a script it is said by calling it: it can be taken back
+        ask_first(session, f"shall {line(node)} admit and revoke members, too?", yes=yes)
     answer = session.local.post("/api/swarm/signers", {"node": node})
     if as_json:
         session.document(answer)
@@ -208,6 +219,15 @@ def fetch(session: Session, *, here: bool = False) -> Doc:
             hint="mycoswarmctl init begins one, mycoswarmctl enroll joins one",
         )
     return answer
+
+
+def _no_signer(known: Doc) -> Conflict:
+    holders = ", ".join(str(row.get("name")) for row in known.get("nodes") or [] if row.get("signer"))
+    return Conflict(
+        "not-a-signer",
+        "cannot revoke: this node is no signer",
+        hint=f"do it on {holders}" if holders else "mycoswarmctl recover, with the paper key",
+    )
 
 
 def check_name(name: str, what: str) -> None:

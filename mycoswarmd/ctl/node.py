@@ -114,8 +114,10 @@ def version(ctx: typer.Context, as_json: bool = JSON) -> None:
     session = begin(ctx, as_json=as_json)
     try:
         node = str(session.client.get("/api/status").get("version", "")) or None
-    except Unreachable:
+    except Unreachable as exc:
         node = None
+        if session.is_remote:
+            session.aside(exc.message)
     if as_json:
         session.document({"mycoswarmctl": __version__, "mycoswarmd": node})
     else:
@@ -145,7 +147,7 @@ def _whole_status(session: Session) -> Doc:
 
 def _status(session: Session, answer: Doc, *, security: bool) -> None:
     state = str(answer.get("state", "unknown"))
-    name = f"{line(answer.get('node', '?'))} {line(answer.get('version', ''))}"
+    name = f"{line(_name(answer))} {line(answer.get('version', ''))}"
     print(f"{session.paint(_COLOURS.get(state, 'red'), '● ' + line(state))}  {session.paint('bold', name)}")
     for problem in answer.get("problems") or []:
         print(f"  {session.paint('yellow', '!')} {line(problem)}")
@@ -179,6 +181,15 @@ def _status(session: Session, answer: Doc, *, security: bool) -> None:
             mark = session.paint("green", "✓") if fact.get("ok") else session.paint("yellow", "✗")
             hint = f" ({line(fact['hint'])})" if fact.get("hint") and not fact.get("ok") else ""
             print(f"  {mark} {line(fact.get('name'))}: {line(fact.get('detail', ''))}{hint}")
+
+
+def _name(answer: Doc) -> str:
+    """Return what the node is called: by its swarm, where it is in one, and by its own settings."""
+    own = str(answer.get("node", "?"))
+    swarm = answer.get("swarm")
+    members = swarm.get("members") or [] if isinstance(swarm, dict) else []
+    name = next((str(row["name"]) for row in members if row.get("self") and row.get("name")), own)
+    return name if name == own else f"{name} ({own} in its settings)"
 
 
 def _engine(session: Session, engine: Doc) -> None:

@@ -2,10 +2,11 @@
 
 A socket: --socket, --state, $MYCOSWARM_SOCKET, then the defaults of root or of XDG, which are those of the
 daemon's own settings; a test compares them. A member: --node or $MYCOSWARM_NODE; without either, where there
-is no socket and this person is enrolled as an operator, whichever member is nearest.
+is no daemon and this person is enrolled as an operator, whichever member is nearest.
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mycoswarmd.errors import BadRequest
 
 # What an operator's directory has in it once a swarm has admitted the operator.
 ROSTER_FILE = "roster.json"
+_PROBE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +32,10 @@ class Place:
     node: str = ""
 
 
-def find_place(socket: Path | None, state: Path | None, node: str | None) -> Place:
-    """Decide where this run goes; only the presence of files is looked at."""
-    path = find_socket(socket, state)
-    is_told = socket is not None or state is not None
+def find_place(socket_path: Path | None, state: Path | None, node: str | None) -> Place:
+    """Decide where this run goes; nothing is sent."""
+    path = find_socket(socket_path, state)
+    is_told = socket_path is not None or state is not None
     if node and is_told:
         raise BadRequest("bad-option", "cannot use both --node and a socket", hint="give one of them")
     if node is not None and not node.strip():  # such as "$BOX" where it is unset
@@ -43,8 +45,22 @@ def find_place(socket: Path | None, state: Path | None, node: str | None) -> Pla
     named = node or ("" if is_told else os.environ.get("MYCOSWARM_NODE", ""))
     if named:
         return Place(socket=path, is_remote=True, node=named)
-    is_alone = not (is_told or os.environ.get("MYCOSWARM_SOCKET") or path.exists())
-    return Place(socket=path, is_remote=is_alone and (operator_dir() / ROSTER_FILE).exists())
+    may_be_alone = not (is_told or os.environ.get("MYCOSWARM_SOCKET"))
+    is_operator = may_be_alone and (operator_dir() / ROSTER_FILE).exists()
+    return Place(socket=path, is_remote=is_operator and not _listens(path))
+
+
+def _listens(path: Path) -> bool:
+    """Tell whether there is a daemon; a socket that one left behind is none, one that is forbidden may be."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def operator_dir() -> Path:
@@ -53,10 +69,10 @@ def operator_dir() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "share") / "mycoswarm" / "operator"
 
 
-def find_socket(socket: Path | None, state: Path | None) -> Path:
+def find_socket(socket_path: Path | None, state: Path | None) -> Path:
     """Return the path of the API socket; nothing is touched."""
-    if socket is not None:
-        return socket
+    if socket_path is not None:
+        return socket_path
     if state is not None:
         return state / "run" / "api.sock"
     if named := os.environ.get("MYCOSWARM_SOCKET"):

@@ -7,10 +7,12 @@ from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import count, line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.errors import Denied, Unreachable
+from mycoswarmd.errors import BadRequest, Denied, Unreachable
 
 policy_app = make_app("Check, test, prove, explain, show and reload the policy.")
 
+# core.types.Action, which only the reader loads.
+ACTIONS = ("infer", "tool", "task", "admin")
 _FALLBACK = Path("/etc/mycoswarm/policy.toml")
 _FILE = typer.Argument(None, metavar="[FILE]", help="A policy file. Default: the node's.")
 # Loaded only here: reading a policy needs modules that no other command needs.
@@ -89,7 +91,9 @@ def prove(ctx: typer.Context, file: Path = _FILE, as_json: bool = JSON) -> None:
 @guarded
 def explain(
     ctx: typer.Context,
-    action: str = typer.Option(..., "--action", metavar="ACTION", help="infer, tool, task or admin."),
+    action: str = typer.Option(
+        ..., "--action", metavar="ACTION", help=f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}."
+    ),
     label: str = typer.Option(None, "--label", metavar="LABEL", help="Default: the policy's default."),
     model: str = typer.Option(None, "--model", metavar="NAME", help="Name of the model asked for."),
     origin: str = typer.Option(None, "--origin", metavar="NAME", help="Who asks. Default: you."),
@@ -108,6 +112,8 @@ def explain(
     By which rule, and what each other rule lacked; for infer without a zone, for each engine. Does nothing.
     """
     session = begin(ctx, as_json=as_json)
+    if action not in ACTIONS:
+        raise BadRequest("bad-action", f"cannot explain {action!r}", hint=f"one of {', '.join(ACTIONS)}")
     given = {
         "action": action,
         "label": label,

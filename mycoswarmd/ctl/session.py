@@ -38,15 +38,24 @@ class Session:
         self.paint = Paint(is_on=wants_colour(sys.stdout))
         self.alert = Paint(is_on=wants_colour(sys.stderr))
 
-    @functools.cached_property
-    def local(self) -> Client:
-        """The daemon of this machine, for what can be done only there; BadRequest with --node."""
+    @property
+    def is_remote(self) -> bool:
+        """Whether the node that this run is about is reached over the network."""
+        return self._place.is_remote
+
+    def stay_here(self) -> None:
+        """Raise BadRequest where another node was named, for what is done only on the machine itself."""
         if self._place.node:
             raise BadRequest(
                 "not-from-afar",
                 f"cannot do this from here to {self._place.node!r}: only on the node itself",
                 hint="log in there, or leave out --node (and $MYCOSWARM_NODE)",
             )
+
+    @functools.cached_property
+    def local(self) -> Client:
+        """The daemon of this machine, for what can be done only there; BadRequest with --node."""
+        self.stay_here()
         return Client(self._place.socket)
 
     @functools.cached_property

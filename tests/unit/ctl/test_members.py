@@ -136,6 +136,9 @@ def test_signers_are_listed_made_and_taken_back(home: FakeNode) -> None:
     listed = ctl(home, "signers")
     assert len(listed.out.splitlines()) == 2 and "study-pc" in listed.out
     assert [one["id"] for one in ctl(home, "signers", "--json").json["signers"]] == [PC]
+    assert ctl(home, "signers", "add", "kitchen-pi", stdin="n\n", terminal=True).code == 1
+    assert ctl(home, "signers", "add", "study-pc").code == 1  # it is one
+    assert sent(home) == []
     assert ctl(home, "signers", "add", "kitchen-pi").code == 0
     assert home.asked[-1].json == {"node": "kitchen-pi"}
     assert ctl(home, "signers", "remove", "kitchen-pi").code == 2
@@ -162,6 +165,13 @@ def test_what_the_node_refuses_is_said_with_its_reason(home: FakeNode) -> None:
     assert ran.code == 1 and "not-a-signer" in ran.err and "study-pc" in ran.err
 
 
+def test_a_node_that_is_no_signer_does_not_ask_whom_to_revoke(node: FakeNode) -> None:
+    node.on("GET", "/api/swarm", answer(swarm(self={"id": PI, "name": "kitchen-pi", "signer": False})))
+    ran = ctl(node, "revoke", "anna", stdin="y\n", terminal=True)
+    assert ran.code == 1 and "not-a-signer" in ran.err and "do it on study-pc" in ran.err
+    assert "for good" not in ran.err and sent(node) == []
+
+
 def test_people_and_what_says_nothing_are_no_traceback(node: FakeNode) -> None:
     node.on("GET", "/api/swarm", answer({"swarm": {"name": "x"}, "nodes": [{"id": PI}, dict(PERSON)]}))
     ran = ctl(node, "nodes")
@@ -170,7 +180,16 @@ def test_people_and_what_says_nothing_are_no_traceback(node: FakeNode) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["revoke", "anna", "--yes"], ["invite"], ["rekey", "--yes"], ["leave", "--yes"]]
+    "command",
+    [
+        ["revoke", "anna", "--yes"],
+        ["invite"],
+        ["rekey", "--yes"],
+        ["leave", "--yes"],
+        ["keys", "list"],
+        ["engine", "install"],
+        ["restore", "/nonexistent", "--state", "/nonexistent/too"],
+    ],
 )
 def test_what_is_done_on_the_node_itself_is_not_done_from_afar(
     home: FakeNode, command: list[str], monkeypatch: pytest.MonkeyPatch

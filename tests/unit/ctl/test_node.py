@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from mycoswarmd import __version__
+from mycoswarmd.errors import Unreachable
 from tests.unit.ctl.fakenode import Asked, FakeNode, Reply, answer, ctl, refuse
 from tests.unit.ctl.swarm_data import HERE, LAPTOP, PERSON, PI, THERE, WORD, row, swarm
 
@@ -152,6 +153,15 @@ def test_status_has_each_nodes_own_word_beside_what_was_verified(node: FakeNode)
     assert "anna" not in ran.out
 
 
+def test_the_head_of_status_has_the_name_that_the_swarm_gave(node: FakeNode) -> None:
+    def head(name: str) -> str:
+        return ctl(in_swarm(node, {**HERE, "name": name}), "status").out.splitlines()[0]
+
+    own = "box\\x1b[2J"
+    assert f"kitchen-pi ({own} in its settings) 9.9" in head("kitchen-pi")
+    assert f"{own} 9.9" in head(STATUS["node"]) and "settings" not in head(STATUS["node"])
+
+
 GONE_QUIET: dict[str, Any] = {
     "state": "unreachable",
     "detail": "connection refused",
@@ -223,7 +233,19 @@ def test_version_works_with_and_without_a_node(node: FakeNode) -> None:
     assert __version__ in ran.out and "9.9" in ran.out
     assert ctl(node, "version", "--json").json == {"mycoswarmctl": __version__, "mycoswarmd": "9.9"}
     alone = ctl(None, "--socket", str(node.path.with_name("none")), "version")
-    assert (alone.code, __version__ in alone.out) == (0, True)
+    assert (alone.code, __version__ in alone.out, alone.err) == (0, True, "")
+
+
+def test_version_says_that_a_node_was_not_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise Unreachable("node-unreachable", "cannot reach 10.0.0.9:7437: no answer in time")
+
+    monkeypatch.setattr("mycoswarmd.ctl.tlshttp.open_remote", gone)
+    ran = ctl(None, "--node", "10.0.0.9", "version")
+    assert ran.code == 0 and __version__ in ran.out
+    assert "cannot reach 10.0.0.9:7437" in ran.err
 
 
 def test_the_socket_is_found_by_option_then_directory_then_environment(node: FakeNode) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from mycoswarmd.core.roster import StatementSet
 from mycoswarmd.core.words import six_words
 from mycoswarmd.ctl import finding, operators
-from tests.unit.ctl.fakenode import Asked, Ran, Reply, answer, ctl, events, refuse
+from tests.unit.ctl.fakenode import Asked, FakeNode, Ran, Reply, answer, ctl, events, refuse
 from tests.unit.ctl.swarmnode import Home, Invitation, Relay, SwarmNode, identity
 
 MODELS = answer({"models": [{"name": "small", "zone": "self"}]})
@@ -310,15 +312,25 @@ def test_a_daemon_on_this_machine_comes_first(anna: Laptop, pc: SwarmNode, tmp_p
     assert anna.ctl("--node", "study-pc", "models").code == 0
 
 
-def test_a_socket_at_the_usual_place_comes_first(
-    anna: Laptop, pc: SwarmNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_socket_with_a_daemon_at_the_usual_place_comes_first(
+    anna: Laptop, pc: SwarmNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mycoswarmd.ctl.place._runtime_dir", lambda: tmp_path)
-    assert anna.ctl("models").code == 0  # nothing is there, so the nearest node is asked
-    pc.asked.clear()
-    (tmp_path / "api.sock").touch()
-    assert anna.ctl("models").code == 4
-    assert pc.asked == []
+    with tempfile.TemporaryDirectory(prefix="ctl-") as directory:
+        monkeypatch.setattr("mycoswarmd.ctl.place._runtime_dir", lambda: Path(directory))
+        assert anna.ctl("models").code == 0  # nothing is there, so the nearest node is asked
+        path = Path(directory) / "api.sock"
+        with FakeNode(path).serving() as daemon:
+            daemon.on("GET", "/api/models", answer({"models": []}))
+            pc.asked.clear()
+            assert anna.ctl("models").code == 0
+            assert pc.asked == [] and daemon.paths() == ["GET /api/models"]
+            assert anna.ctl("--node", pc.address, "models").code == 0
+            assert "GET /api/models" in pc.paths()
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(str(path))
+        pc.asked.clear()
+        assert path.exists() and anna.ctl("models").code == 0
+        assert "GET /api/models" in pc.paths()
 
 
 def test_an_operator_is_no_node(anna: Laptop, home: Home) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from mycoswarmd.core.types import Action
+from mycoswarmd.ctl.policy import ACTIONS
 from tests.unit.ctl.fakenode import FakeNode, answer, ctl, refuse
 
 DEMO = Path(__file__).parents[3] / "docs" / "demo" / "policy.toml"
@@ -158,7 +160,7 @@ def test_explain_without_a_zone_begins_with_where_the_prompt_would_go(node: Fake
 def test_explain_needs_an_action(node: FakeNode) -> None:
     assert ctl(node, "policy", "explain").code == 2
     node.on("POST", "/api/policy/explain", refuse(400, "bad-request", "cannot explain: no such action"))
-    assert ctl(node, "policy", "explain", "--action", "fly").code == 1
+    assert ctl(node, "policy", "explain", "--action", "tool").code == 1
 
 
 def test_the_policy_in_force_is_shown(node: FakeNode) -> None:
@@ -181,3 +183,10 @@ def test_a_reload_says_what_is_decided_differently(node: FakeNode) -> None:
     assert ran.code == 0
     assert "deny -> allow" in ran.out and "never matches" in ran.err
     assert ctl(node, "policy", "reload", "--json").json == done
+
+
+def test_an_action_that_is_none_is_wrong_usage(node: FakeNode) -> None:
+    ran = ctl(node, "policy", "explain", "--action", "nonsense")
+    assert ran.code == 2 and "infer" in ran.err
+    assert node.asked == []
+    assert set(ACTIONS) == {one.value for one in Action}
