@@ -16,6 +16,7 @@ from mycoswarmd.errors import BadRequest, Conflict, MycoswarmError, NotFound
 
 # Enough of an id to know a node again; the node takes any beginning of four and more.
 SHORT_ID = 8
+_KEY_OR_ID = re.compile(r"[0-9a-f]{16,64}|[a-z2-7]{26}")
 # It holds an operator's key, and brings cryptography.
 _JOINING = "mycoswarmd.ctl.joining"
 
@@ -160,6 +161,9 @@ def remove_signer(ctx: typer.Context, node: str = _NODE, yes: bool = _YES, as_js
     Whom it admitted until now stays; what it signs from now on counts for nothing.
     """
     session = begin(ctx, as_json=as_json)
+    known = fetch(session, here=True)
+    if not _KEY_OR_ID.fullmatch(node):  # either may be that of a signer which is no member
+        member(known, node)
     ask_first(session, f"shall {line(node)} sign no more?", yes=yes)
     answer = session.local.delete(f"/api/swarm/signers/{segment(node)}")
     if as_json:

@@ -132,7 +132,8 @@ def test_a_beginning_that_fits_two_is_refused(node: FakeNode) -> None:
 
 def test_signers_are_listed_made_and_taken_back(home: FakeNode) -> None:
     home.on("POST", "/api/swarm/signers", answer({"node": PI}))
-    home.on("DELETE", "/api/swarm/signers/kitchen-pi", answer({"node": PI}))
+    home.on("DELETE", f"/api/swarm/signers/{PI[:6]}", answer({"node": PI}))
+    home.on("DELETE", f"/api/swarm/signers/{'ab' * 32}", answer({"node": ""}))
     listed = ctl(home, "signers")
     assert len(listed.out.splitlines()) == 2 and "study-pc" in listed.out
     assert [one["id"] for one in ctl(home, "signers", "--json").json["signers"]] == [PC]
@@ -141,9 +142,16 @@ def test_signers_are_listed_made_and_taken_back(home: FakeNode) -> None:
     assert sent(home) == []
     assert ctl(home, "signers", "add", "kitchen-pi").code == 0
     assert home.asked[-1].json == {"node": "kitchen-pi"}
-    assert ctl(home, "signers", "remove", "kitchen-pi").code == 2
-    assert ctl(home, "signers", "remove", "kitchen-pi", "--yes").code == 0
-    assert sent(home) == ["POST /api/swarm/signers", "DELETE /api/swarm/signers/kitchen-pi"]
+    assert ctl(home, "signers", "remove", PI[:6]).code == 2
+    nobody = ctl(home, "signers", "remove", "nobody", stdin="y\n", terminal=True)
+    assert nobody.code == 1 and "unknown-node" in nobody.err and "[y/N]" not in nobody.err
+    assert ctl(home, "signers", "remove", PI[:6], "--yes").code == 0
+    assert ctl(home, "signers", "remove", "ab" * 32, "--yes").code == 0  # a key that belongs to no member
+    assert sent(home) == [
+        "POST /api/swarm/signers",
+        f"DELETE /api/swarm/signers/{PI[:6]}",
+        f"DELETE /api/swarm/signers/{'ab' * 32}",
+    ]
 
 
 @pytest.mark.parametrize("command", ["leave", "rekey"])
