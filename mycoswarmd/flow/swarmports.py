@@ -3,7 +3,7 @@
 Law: an address is a hint. What is behind it is proved by its key before anything is sent there.
 """
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -185,14 +185,16 @@ class RosterStore(Protocol):
         *,
         drop: Sequence[str] = (),
         invite: str | None = None,
+        settled: Callable[[BaseException | None], None] | None = None,
     ) -> None:
         """Store (hash, wire form) pairs, drop pruned hashes and use up an invitation, in one transaction.
 
+        `settled` is called with the failure, if any, in the end, also when the caller was cancelled.
         Raises Conflict("invite-used") and stores nothing when the invitation is not open any more.
         """
         ...
 
-    async def clear(self) -> None:
+    async def clear(self, *, settled: Callable[[BaseException | None], None] | None = None) -> None:
         """Forget the swarm: statements, beacons, invitations and peers. The boot counter stays."""
         ...
 

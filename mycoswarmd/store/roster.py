@@ -6,7 +6,7 @@ so that no crash and no race lets a second newcomer in; and one that is not open
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mycoswarmd.errors import Conflict, LocalProtocolError, NotFound
 from mycoswarmd.flow.swarmports import BeaconRow, InviteRow, PeerAddress, PeerRow
@@ -54,10 +54,12 @@ class SqliteRosterStore:
         *,
         drop: Sequence[str] = (),
         invite: str | None = None,
+        settled: Callable[[BaseException | None], None] | None = None,
     ) -> None:
         """Store (hash, wire form) pairs, drop pruned hashes and use up an invitation, in one transaction.
 
         The genesis comes first in the first call. A statement that is known already is left as it is.
+        `settled` is called with the failure, if any, in the end, also when the caller was cancelled.
 
         Raises:
             Conflict: invite-used: it is not open any more; nothing was stored.
@@ -72,16 +74,16 @@ class SqliteRosterStore:
                 "INSERT INTO roster (sha256, statement) VALUES (?, ?) ON CONFLICT (sha256) DO NOTHING", rows
             )
 
-        await self._db.run(store)
+        await self._db.run(store, settled=settled)
 
-    async def clear(self) -> None:
+    async def clear(self, *, settled: Callable[[BaseException | None], None] | None = None) -> None:
         """Forget the swarm: statements, beacons, invitations and peers. The boot counter stays."""
 
         def delete(connection: sqlite3.Connection) -> None:
             for table in ("roster", "beacons", "invites", "peers"):
                 connection.execute(f"DELETE FROM {table}")  # noqa: S608 - a constant
 
-        await self._db.run(delete)
+        await self._db.run(delete, settled=settled)
 
     async def put_beacon(self, row: BeaconRow) -> None:
         """Keep a beacon if its counter is higher than the kept one."""

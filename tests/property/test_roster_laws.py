@@ -19,6 +19,7 @@ from mycoswarmd.core.roster import (
     encode_statement,
     node_id_of,
     parse_beacon,
+    read_new,
 )
 from mycoswarmd.errors import BadRequest
 from mycoswarmd.trust import keys
@@ -192,6 +193,19 @@ def test_two_nodes_agree_after_one_exchange_each_way(a: list[Statement], b: list
     two.add(one.missing(two.roster.hashes))
     assert same(one, two)
     assert one.missing(two.roster.hashes) == []
+
+
+@many
+@given(ANY, ANY)
+def test_reading_what_another_node_holds_leaves_out_nothing_that_matters(
+    a: list[Statement], b: list[Statement]
+) -> None:
+    one, two = settle([a]), settle([b])
+    wires = [encode_statement(each) for each in two.missing(one.roster.hashes)]
+    reading = one.copy()
+    reading.add(read_new(wires, one, parse=parse))
+    assert same(reading, merged(one, two))
+    assert read_new([encode_statement(each) for each in one.missing(frozenset())], one, parse=parse) == []
 
 
 @many

@@ -1,7 +1,7 @@
 """The roster: who belongs to a swarm, as a set of signed statements. Pure; signatures by functions passed in.
 
-`statement` has the form, `settle` says which statements belong, `view` what they mean, `statements` holds
-them; `beacon` is beside: how fresh all this is.
+`statement` has the form, `sift` reads what others send, `settle` says which statements belong, `view` what
+they mean, `statements` holds them; `beacon` is beside: how fresh all this is.
 """
 
 from mycoswarmd.core.roster.beacon import (
@@ -13,6 +13,7 @@ from mycoswarmd.core.roster.beacon import (
     sign_beacon,
 )
 from mycoswarmd.core.roster.settle import MAX_REKEYS
+from mycoswarmd.core.roster.sift import read_new
 from mycoswarmd.core.roster.statement import (
     MAX_BODY_BYTES,
     MAX_EPOCH,
@@ -62,6 +63,7 @@ __all__ = [
     "node_id_of",
     "parse_beacon",
     "parse_statement",
+    "read_new",
     "sign_beacon",
     "signed",
 ]

@@ -16,7 +16,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, NewType
 
-from mycoswarmd.core.policy.reader import NAME
+from mycoswarmd.core.names import NAME
 from mycoswarmd.core.types import Role
 from mycoswarmd.errors import BadRequest
 
@@ -150,12 +150,8 @@ def parse_statement(untrusted: object, *, verify: Verify, read_cert: ReadCert) -
     Raises:
         BadRequest: bad-statement, bad-certificate.
     """
-    if not isinstance(untrusted, dict) or untrusted.keys() != {"body", "sigs"}:
-        raise refused("it is not an object with a body and its signatures")
-    body = _base64(untrusted["body"], max_chars=(MAX_KEEP_BODY_BYTES + 2) // 3 * 4)
-    if body is None:
-        raise refused(f"its body is not base64 of at most {MAX_KEEP_BODY_BYTES:,} bytes")
-    kind, facts = _read_body(body)
+    kind, body, facts = peek(untrusted)
+    assert isinstance(untrusted, dict)
     if "cert" in facts:
         der = base64.b64decode(facts["cert"])
         owner = read_cert(der)
@@ -174,6 +170,17 @@ def parse_statement(untrusted: object, *, verify: Verify, read_cert: ReadCert) -
         signatures=tuple((key, check_signature(key, claims[key], message, verify)) for key in signers),
         facts=MappingProxyType(facts),
     )
+
+
+def peek(untrusted: object) -> tuple[Kind, bytes, dict[str, Any]]:
+    """Return kind, body and fields of what has the form of a statement; nobody says that it was signed."""
+    if not isinstance(untrusted, dict) or untrusted.keys() != {"body", "sigs"}:
+        raise refused("it is not an object with a body and its signatures")
+    body = _base64(untrusted["body"], max_chars=(MAX_KEEP_BODY_BYTES + 2) // 3 * 4)
+    if body is None:
+        raise refused(f"its body is not base64 of at most {MAX_KEEP_BODY_BYTES:,} bytes")
+    kind, facts = _read_body(body)
+    return kind, body, facts
 
 
 def refused(why: str, *, hint: str = "", where: str = "") -> BadRequest:

@@ -4,6 +4,7 @@ Law: a set, and nothing but a set. The order in which statements came, and in wh
 adding is all or nothing; and what it means is worked out anew from all of them after each change.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -19,6 +20,8 @@ MAX_ROSTER_BYTES: Final = 14 << 20  # of the bodies together; in base64 and in J
 # Of both bounds, what only the putting out of somebody may use: a stolen signer that fills the roster
 # cannot keep the others from removing it.
 RESERVED_STATEMENTS: Final = 500
+# Whoever was named by a stolen signer, and by whoever that named, is no better than that.
+MAX_QUIET_STATEMENTS: Final = 2_000
 RESERVED_BYTES: Final = 2 << 20
 
 
@@ -100,8 +103,8 @@ class StatementSet:
             return ()
         self._pruned = tuple(sorted(self._by_hash.keys() - by_hash.keys()))
         self._settled, self._by_hash = settled, by_hash
-        self.__dict__.pop("_view", None)
-        self.__dict__.pop("roster", None)
+        for worked_out in ("_view", "roster", "_loud"):
+            self.__dict__.pop(worked_out, None)
         return added
 
     def missing(self, have: frozenset[str]) -> list[Statement]:
@@ -127,23 +130,41 @@ class StatementSet:
         """Return the hashes that make these ids members, also ids that are out: what an epoch should keep."""
         return self._view.admissions(ids)
 
+    def check_swarm(self, swarm_id: str) -> None:
+        """Raise BadRequest("other-swarm") for what is not of this one."""
+        if swarm_id != self._genesis.sha256:
+            raise _other_swarm()
+
+    def vouching(self) -> tuple[set[str], set[str], set[str]]:
+        """Return each key that ever signed here, the hashes that an epoch keeps, and each id that was in."""
+        footing = self._settled.footing
+        keys = {*footing.roots, *footing.suspects}
+        keys |= {one.facts["key"] for one in self._settled.by_kind[Kind.ADD_SIGNER]}
+        ids = {one.facts["node"] for kind in (Kind.ADMIT, Kind.REKEY) for one in self._settled.by_kind[kind]}
+        return keys, set(footing.keep), ids
+
     def urgent(self, statements: Iterable[Statement]) -> list[Statement]:
-        """Return the epochs, and what puts out somebody who is in now, by signers that count or by itself."""
+        """Return the epochs, and what puts out somebody who is in, by signers that do not flood."""
         return [one for one in statements if self._is_urgent(one)]
 
     def _is_urgent(self, one: Statement) -> bool:
-        is_signed = one.facts.get("by") in self.roster.signers
+        is_signed = one.facts.get("by") in self.roster.signers and one.facts["by"] not in self._loud
         match one.kind:
             case Kind.EPOCH:
                 return True
-            case Kind.LEAVE:
-                return one.facts["node"] in self.roster.members
             case Kind.REVOKE:
                 return is_signed and one.facts["node"] in self.roster.members
             case Kind.DROP_SIGNER:
                 return is_signed and one.facts["key"] in self.signing_keys()
             case _:
                 return False
+
+    @cached_property
+    def _loud(self) -> frozenset[str]:
+        """The keys of those lines of signers that said very much: a line is who a root named, and so on."""
+        line_of = self._view.lines()
+        said = Counter(line_of.get(one.facts.get("by", "")) for one in self._by_hash.values())
+        return frozenset(key for key, line in line_of.items() if said[line] > MAX_QUIET_STATEMENTS)
 
     def _is_too_much(
         self, after: Mapping[str, Statement], fresh: Sequence[Statement], *, whole: bool

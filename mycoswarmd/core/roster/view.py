@@ -136,6 +136,19 @@ class View:
             if key not in self._kept_of
         }
 
+    def lines(self) -> dict[str, str]:
+        """Return for each signing key, removed ones too, the root or the key named by one that led to it."""
+        roots = self._settled.footing.roots
+        namers: dict[str, set[str]] = defaultdict(set)
+        for one in self._of(Kind.ADD_SIGNER):
+            namers[one.facts["key"]].add(one.facts["by"])
+        lines = {key: key for key in roots}
+        for key in self._claims:  # each after one that named it
+            known = sorted(by for by in namers[key] if by in lines)
+            if key not in lines and known:
+                lines[key] = key if roots.keys() & known else lines[known[0]]
+        return lines
+
     def signed_by(self, key: str) -> frozenset[str]:
         """Return the statements of a key that give something and count: what its removal should keep.
 

@@ -622,7 +622,8 @@ def test_a_full_roster_takes_what_puts_somebody_out_and_a_new_epoch(monkeypatch:
     assert not {A.id, key("many", 1).id} & live(whole)
     assert signers(whole) == {S1.hex}
     full(whole, M.revoke(key("many", 2), by=S2))  # who was put out puts nobody out in a full roster
-    whole.add([M.leave(key("many", 3))])
+    full(whole, M.leave(key("many", 3)))  # nobody is in danger if that is not heard
+    whole.add([M.revoke(key("many", 3))])
     assert len(whole) == 16
     full(whole, M.revoke(key("many", 4)))
     again = StatementSet(M.genesis)
@@ -630,6 +631,26 @@ def test_a_full_roster_takes_what_puts_somebody_out_and_a_new_epoch(monkeypatch:
     assert again.roster == whole.roster
     whole.add([M.new_epoch(1, {S2: A}, [ADMIT_A, *many]), ADMIT_A])
     assert {A.id, key("many", 1).id} <= live(whole)
+
+
+def test_a_line_of_signers_that_floods_the_roster_has_none_of_the_last_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("MAX_STATEMENTS", 40), ("RESERVED_STATEMENTS", 10), ("MAX_QUIET_STATEMENTS", 12)):
+        monkeypatch.setattr(f"mycoswarmd.core.roster.statements.{name}", value)
+    accomplice = key("accomplice")
+    whole = M.set(ADMIT_FIRST, ADMIT_A, ADMIT_B, M.add_signer(S2, A), M.add_signer(S4, B))
+    whole.add([M.admit(accomplice, by=S2), M.add_signer(S3, accomplice, by=S2), M.add_signer(S4, B, by=S2)])
+    junk = [key("junk", n) for n in range(20)]
+    whole.add([M.admit(one, by=S2 if n % 2 else S3) for n, one in enumerate(junk)])
+    assert len(whole) == 29
+    whole.add([ADMIT_C])
+    for thief in (S2, S3):  # its own junk, and the honest
+        full(whole, M.revoke(junk[1], by=thief))
+        full(whole, M.drop_signer(S1, by=thief))
+    whole.add([M.revoke(junk[3], by=S4)])  # whom a thief names, too, is no thief
+    whole.add([M.revoke(A), M.drop_signer(S2, by=S1)])
+    assert signers(whole) == {S1.hex, S4.hex}
 
 
 def full(whole: StatementSet, *statements: Statement) -> None:

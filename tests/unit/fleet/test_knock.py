@@ -122,12 +122,14 @@ async def test_what_brings_something_is_asked_soon_again(hall: Hall, tmp_path: P
     node = hall.node
     async with made_node(tmp_path / "b", "b") as newcomer:
         await node.admit(newcomer)
-        before = node.swarm.hashes()
         async with made_node(tmp_path / "c", "c") as other:
+            identity = other.identities.create()
+            await node.admit_only(identity, "c")
+            before = node.swarm.hashes()
             await other.swarm.join(
                 node.swarm.missing(frozenset()),
                 genesis_sha256=node.swarm.roster.swarm_id if node.swarm.roster else "",
-                identity=newcomer.identities.create(),
+                identity=identity,
             )
             theirs = Hall(other)
             await node.admit_only((await _identity(tmp_path / "d")).identities.create(), "d")
