@@ -12,7 +12,7 @@ from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.openai import send
-from mycoswarmd.api.services import SwarmDesk
+from mycoswarmd.api.services import OwnWord, SwarmDesk
 from mycoswarmd.errors import Unavailable
 from mycoswarmd.flow.swarmports import Hint, PeerAddress
 from mycoswarmd.wire.jsonv import get_int
@@ -83,11 +83,18 @@ async def watch(call: Call) -> StreamResponse:
             await send(response, encode_word(now) + b"\n")
             await asyncio.sleep(_PACE_S)
             continue
-        try:
-            async with asyncio.timeout(HEARTBEAT_S):
-                await source.next_change()
-        except TimeoutError:
+        while not await _changes(source):
             await send(response, b"\n")
+
+
+async def _changes(source: OwnWord) -> bool:
+    """Tell whether the word changes before the next heartbeat is due."""
+    try:
+        async with asyncio.timeout(HEARTBEAT_S):
+            await source.next_change()
+    except TimeoutError:
+        return False
+    return True
 
 
 async def signer_key(call: Call) -> StreamResponse:
