@@ -41,6 +41,8 @@ _ENROL = 64 << 10
 _PULL = 512 << 10
 # A member with more to give comes again.
 _SYNC = 4 << 20
+# An epoch that keeps 10,000 statements, in base64.
+_RECOVERY = 2 << 20
 # The way of statements between members.
 SYNC_PATH = "/swarm/sync"
 
@@ -127,7 +129,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST",   "/api/swarm/leave",               LOCAL,    Gate.ADMIN,     _SMALL,            swarm.leave),
     Route("POST",   "/api/swarm/rekey",               LOCAL,    Gate.ADMIN,     _SMALL,            swarm.rekey),
     Route("POST",   "/api/swarm/recovery/draft",      LOCAL,    Gate.ADMIN,     _SMALL,            swarm.recovery_draft),
-    Route("POST",   "/api/swarm/recovery",            LOCAL,    Gate.ADMIN,     _PULL,             swarm.recover),
+    Route("POST",   "/api/swarm/recovery",            LOCAL,    Gate.ADMIN,     _RECOVERY,         swarm.recover),
     Route("POST",   "/swarm/enroll/hello",            STRANGER, Gate.INVITED,   _ENROL,            peers.hello),
     Route("POST",   "/swarm/enroll/confirm",          STRANGER, Gate.INVITED,   _ENROL,            peers.confirm),
     Route("POST",   "/swarm/pull",                    ANYBODY,  Gate.OPEN,      _PULL,             peers.pull),

@@ -477,14 +477,21 @@ class Swarm:
         )
 
     async def revoke(self, text: str, reason: str) -> Member:
-        """Put a member out for ever; a signer loses its signature too."""
+        """Put a member out for ever; a signer loses its signature too, and so does whom it made a signer.
+
+        Whoever has a stolen signing key makes more of them. Whom these admitted stays, and an honest one is
+        made a signer again. Where all rests on the stolen one, a person must look at who is left.
+        """
         async with self._lock:
             member = self.find(text)
             keys = self._keys_of(member.id)
             if member.is_signer:
                 self._check_signers_left(member.name, keys)
             revocation = self._new(Kind.REVOKE, node=member.id, reason=reason)
-            removals = self._removals(keys)
+            own = self._signer.public_key() or b""
+            made = [key for key in self._whole().led_to(keys) if key != own.hex()] if keys else []
+            keys += made[:_MAX_REMOVALS]
+            removals = self._removals(keys, but=made[_MAX_REMOVALS:])
             await self._note("revoke", node=member.id, reason=reason, keys=keys)
             await self._believe([revocation, *removals])
         await self._spread()
@@ -726,9 +733,11 @@ class Swarm:
             raise NotFound("not-a-signer", f"cannot remove {member.name!r}: it is no signer")
         return member, keys
 
-    def _removals(self, keys: Iterable[str]) -> list[Statement]:
+    def _removals(self, keys: Iterable[str], *, but: Sequence[str] = ()) -> list[Statement]:
         whole = self._whole()
-        return [self._new(Kind.DROP_SIGNER, key=key, keep=sorted(whole.signed_by(key))) for key in keys]
+        return [
+            self._new(Kind.DROP_SIGNER, key=key, keep=sorted(whole.signed_by(key, but=but))) for key in keys
+        ]
 
     def _check_signers_left(self, name: str, keys: Sequence[str]) -> None:
         if self._require_roster().signers.keys() <= set(keys):

@@ -111,9 +111,16 @@ class StatementSet:
         """Return what somebody with these hashes lacks; every beginning of the list can be added alone."""
         return [one for sha256, one in self._by_hash.items() if sha256 not in have]
 
-    def signed_by(self, key: str) -> frozenset[str]:
-        """Return the hashes of what a key (in hex) gave and still counts: what its removal should keep."""
-        return self._view.signed_by(key)
+    def signed_by(self, key: str, *, but: Iterable[str] = ()) -> frozenset[str]:
+        """Return the hashes of what a key (in hex) gave and still counts: what its removal should keep.
+
+        Not the signing keys of who is no member, nor those in `but`.
+        """
+        return self._view.signed_by(key, but=frozenset(but))
+
+    def led_to(self, keys: Iterable[str]) -> list[str]:
+        """Return the keys in use that only these, and whom they named, vouch for; none for a root."""
+        return self._view.led_to(frozenset(keys))
 
     def signing_keys(self) -> Mapping[str, frozenset[str]]:
         """Return the keys in use, disputed ones too, with the ids that are said to hold each.

@@ -149,10 +149,20 @@ class View:
                 lines[key] = key if roots.keys() & known else lines[known[0]]
         return lines
 
-    def signed_by(self, key: str) -> frozenset[str]:
+    def led_to(self, keys: frozenset[str]) -> list[str]:
+        """Return the keys in use that would be none without the word of these.
+
+        None where one of these is a root: then everything rests on it, the honest and the others alike.
+        """
+        if keys & self._settled.footing.roots.keys():
+            return []
+        without = self._find_claims(keys)
+        return [key for key in self._claims if key not in (without.keys() | self._kept_of.keys() | keys)]
+
+    def signed_by(self, key: str, *, but: frozenset[str]) -> frozenset[str]:
         """Return the statements of a key that give something and count: what its removal should keep.
 
-        Not the signing keys that belong to no live member: they would be a way back in.
+        Not the signing keys that belong to no live member: they would be a way back in; nor those in `but`.
         """
         given = (*self._of(Kind.ADMIT), *self._of(Kind.ADD_SIGNER))
         return frozenset(
@@ -160,12 +170,12 @@ class View:
             for one in given
             if one.facts["by"] == key
             and self._counts(one)
-            and (
-                one.kind is Kind.ADMIT
-                or one.facts["key"] in self._kept_of
-                or self._is_live(self._newest(self._origin(one.facts["node"])))
-            )
+            and (one.kind is Kind.ADMIT or self._is_to_keep(one, but))
         )
+
+    def _is_to_keep(self, addition: Statement, but: frozenset[str]) -> bool:
+        key, node = addition.facts["key"], self._newest(self._origin(addition.facts["node"]))
+        return key not in but and (key in self._kept_of or self._is_live(node))
 
     def admissions(self, ids: Iterable[str]) -> frozenset[str]:
         """Return the admissions and rekeys that make these ids what they are, also of ids that are out."""

@@ -41,7 +41,7 @@ from mycoswarmd.core.roster import (
     sign_beacon,
     signed,
 )
-from mycoswarmd.core.roster.statements import RESERVED_BYTES, RESERVED_STATEMENTS
+from mycoswarmd.core.roster.statements import MAX_QUIET_STATEMENTS, RESERVED_BYTES, RESERVED_STATEMENTS
 from mycoswarmd.core.words import six_words
 from mycoswarmd.engines import peerhttp
 from mycoswarmd.fleet import hints, link
@@ -263,6 +263,7 @@ NUMBERS = {
     "statement.with_keep.bytes": MAX_KEEP_BODY_BYTES,
     "statements": MAX_STATEMENTS,
     "statements.reserved": RESERVED_STATEMENTS,
+    "statements.quiet": MAX_QUIET_STATEMENTS,
     "statements.bytes": MAX_ROSTER_BYTES,
     "statements.bytes.reserved": RESERVED_BYTES,
     "rekeys": MAX_REKEYS,

@@ -189,6 +189,10 @@ def codes(outcomes: Sequence[object]) -> list[str]:
 THIEF, THIEF_NODE = key("thief"), key("thief's node")
 
 
+def cert(node: Key) -> str:
+    return base64.b64encode(node.cert_der).decode()
+
+
 async def with_thief(home: Machine, *, junk: int) -> Maker:
     await home.admit(THIEF_NODE, "study")
     await home.add_signer(THIEF, "study")
@@ -198,7 +202,7 @@ async def with_thief(home: Machine, *, junk: int) -> Maker:
             Kind.ADMIT,
             THIEF,
             by=THIEF.hex,
-            cert=base64.b64encode(key("junk", n).cert_der).decode(),
+            cert=cert(key("junk", n)),
             name=f"junk-{n}",
             role="node",
         )
@@ -244,10 +248,70 @@ async def test_a_thief_leaves_no_signing_key_behind(home: Machine) -> None:
     ]
     assert await home.swarm.merge(given) == 2
     assert home.swarm.signer_names() == ["alpha", "junk-0", "study"]
+    third = key("third")
+    await home.admit(third, "third")
+    more = [
+        maker.wire(Kind.ADD_SIGNER, key("other"), by=key("other").hex, key=key("s3").hex, node=third.id),
+        home.maker.wire(Kind.ADMIT, key("s3"), by=key("s3").hex, cert=cert(key("x")), name="x", role="node"),
+    ]
+    assert await home.swarm.merge(more) == 2
     await home.swarm.revoke("study", "stolen")
-    assert home.swarm.signer_names() == ["alpha", "junk-0"]  # a member, and it shows
-    await home.swarm.revoke("junk-0", "nobody knows it")
     assert home.swarm.signer_names() == ["alpha"]
+    assert home.names() == ["alpha", "junk-0", "third", "x"]  # whom they admitted is for a person to judge
+    await home.add_signer(key("s3 again"), "third")
+    assert home.swarm.signer_names() == ["alpha", "third"]
+
+
+async def test_whom_others_vouch_for_too_a_thief_does_not_take_along(home: Machine) -> None:
+    maker = await with_thief(home, junk=0)
+    pi, its = key("pi"), key("its")
+    await home.admit(pi, "pi")
+    await home.add_signer(its, "pi")
+    assert await home.swarm.merge([maker.wire(Kind.ADD_SIGNER, THIEF, by=THIEF.hex, key=its.hex, node=pi.id)])
+    await home.swarm.revoke("study", "stolen")
+    assert home.swarm.signer_names() == ["alpha", "pi"]
+
+
+async def test_a_thief_of_very_many_keys_keeps_none(home: Machine) -> None:
+    maker = await with_thief(home, junk=100)
+    given = [
+        maker.wire(Kind.ADD_SIGNER, THIEF, by=THIEF.hex, key=key("k", n).hex, node=key("junk", n).id)
+        for n in range(100)
+    ]
+    assert await home.swarm.merge(given) == 100
+    assert len(home.swarm.signer_names()) == 102
+    await home.swarm.revoke("study", "stolen")
+    assert home.swarm.signer_names() == ["alpha"]
+
+
+async def test_the_first_signer_is_put_out_by_whom_it_named_and_takes_nobody_along(
+    home: Machine, tmp_path: Path
+) -> None:
+    """What two of them do at the same moment must not put them out both."""
+    async with machine(tmp_path / "b") as one, machine(tmp_path / "c") as two:
+        for other, name in ((one, "one"), (two, "two")):
+            identity = other.files.create()
+            await home.admit(Key(identity.seed), name)
+
+            async def ask(_: str, other: Machine = other) -> str:
+                return other.swarm.make_signer_key()
+
+            home.swarm.ask_signer_key = ask
+            await home.swarm.add_signer(name)
+        assert home.swarm.roster is not None
+        for other in (one, two):
+            loaded = other.files.load()
+            assert loaded is not None
+            await other.swarm.join(
+                home.swarm.missing(frozenset()), genesis_sha256=home.swarm.roster.swarm_id, identity=loaded
+            )
+        await one.swarm.revoke("alpha", "stolen")
+        await two.swarm.revoke("alpha", "stolen")
+        await one.swarm.merge(two.swarm.missing(frozenset()))
+        await two.swarm.merge(one.swarm.missing(frozenset()))
+        assert one.swarm.digest == two.swarm.digest
+        assert one.swarm.signer_names() == ["one", "two"]
+        assert one.names() == ["one", "two"]
 
 
 async def test_a_signing_key_is_removed_by_the_key_where_its_node_is_gone(home: Machine) -> None:
