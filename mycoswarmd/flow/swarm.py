@@ -452,7 +452,8 @@ class Swarm:
             self.require_signer()
             known = self.member(node_id)
             if known is not None and known.role.value == role:
-                await self._believe([], invite=invite)
+                with suppress(Conflict):  # used up by itself, and the answer was lost
+                    await self._believe([], invite=invite)
                 return known
             if self._was_here(node_id):
                 raise Conflict(
