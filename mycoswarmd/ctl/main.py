@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mycoswarmd.ctl.plain import examples, make_app, typer
+from mycoswarmd.ctl.plain import examples, make_app, quick_imports, typer
 from mycoswarmd.ctl.screen import Paint
 from mycoswarmd.ctl.session import Session, drop_stdout, error_document, error_text
 from mycoswarmd.errors import BadRequest, MycoswarmError
@@ -158,7 +158,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a C locale cannot print every answer
     try:
-        app = make_ctl(sys.argv, only_named=_COMPLETES not in os.environ)
+        with quick_imports():
+            app = make_ctl(sys.argv, only_named=_COMPLETES not in os.environ)
         if _wants_json(sys.argv):
             sys.exit(_run_for_program(app))
         app(prog_name="mycoswarmctl")

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec
 
 from mycoswarmd.ctl.client import Client, segment
 from mycoswarmd.ctl.place import find_place
-from mycoswarmd.ctl.plain import typer
+from mycoswarmd.ctl.plain import quick_imports, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import Paint, clean, columns, line, terminal_width, wants_colour
 from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, NotFound, PolicyInvalid
@@ -64,7 +64,8 @@ class Session:
         if not self._place.is_remote:
             return self.local
         # It brings TLS and cryptography, which no command on the node itself needs.
-        remote = importlib.import_module("mycoswarmd.ctl.tlshttp")
+        with quick_imports():
+            remote = importlib.import_module("mycoswarmd.ctl.tlshttp")
         return Client(remote.open_remote(self._place.node, self.aside))
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from mycoswarmd.ctl import plain
 from mycoswarmd.ctl.main import make_ctl
 from tests.unit.ctl.fakenode import Asked, FakeNode, Reply, answer, ctl
 
@@ -29,6 +30,7 @@ HEAVY = {
     "tomllib",
     "tarfile",
     "mycoswarmd.core.roster",
+    "pydantic",
 }
 BUDGET_S = 0.2
 
@@ -78,7 +80,7 @@ def test_a_command_loads_no_server_and_no_rich(node: FakeNode) -> None:
     node.on("GET", "/api/models", answer({"models": [{"name": "small"}]}))
     ran = start("--socket", str(node.path), "models", flags=("-X", "importtime"))
     assert ran.returncode == 0, ran.stderr
-    assert heavy(loaded(ran), {"aiohttp", "zeroconf", "cryptography"}) == set()
+    assert heavy(loaded(ran), {"aiohttp", "zeroconf", "cryptography", "pydantic"}) == set()
 
 
 def test_a_command_about_the_swarm_here_loads_no_keys(node: FakeNode) -> None:
@@ -168,6 +170,42 @@ def test_every_command_is_there_by_itself_as_in_the_whole() -> None:
             assert [one.opts for one in alone.commands[name].params] == [
                 one.opts for one in group.commands[name].params
             ]
+
+
+def test_arguments_are_converted_as_typer_does(
+    node: FakeNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of argument, by the light way and by typer's own, where that is another."""
+    node.on("GET", "/api/policy", answer({"agents": {"coder": {}}}))
+    node.on("POST", "/api/tasks", answer({"task": {"id": "t-1"}}))
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    lines: list[tuple[str, ...]] = [
+        ("submit", "--priority", "07", "hi"),
+        ("submit", "--priority", "-1", "hi"),
+        ("submit", "--priority", "1.5", "hi"),
+        ("submit", "--priority", "", "hi"),
+        ("submit", "--model", "", "hi"),
+        ("submit", "hi"),
+        ("recover", "--without", "a", "--without", "b", "--yes"),
+        ("recover", "--yes"),
+        ("enroll", "--token-file", str(secret)),
+        ("enroll", "--token-file", str(tmp_path / "none")),
+        ("enroll", "--token-file", str(tmp_path)),
+        ("enroll", "--token-file", "-"),
+        ("tasks", "--limit", "1001"),
+        ("nodes", "ping", "--json"),
+    ]
+    seen = []
+    for light in (True, False):
+        if not light:
+            monkeypatch.setattr("mycoswarmd.ctl.plain._converted", lambda *_: plain._OTHER)
+        node.asked.clear()
+        ends = [ctl(node, *one) for one in lines]
+        bodies = [{**asked.json, "idempotency_key": ""} for asked in node.asked if asked.body]
+        seen.append(([(one.code, one.out, one.err) for one in ends], bodies))
+    assert seen[0] == seen[1]
+    assert len(seen[0][1]) == 3
 
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
