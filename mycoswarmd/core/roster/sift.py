@@ -34,15 +34,16 @@ def read_new(
     Raises:
         BadRequest: bad-statement, bad-certificate, other-swarm.
     """
-    current = list(_current(untrusted, held))
+    unheld = list(_unheld(untrusted, held))
     keys, kept, ids = held.vouching()
     parsed = []
-    for one in (each for each in current if each.kind is Kind.EPOCH):
+    for one in (each for each in unheld if each.kind is Kind.EPOCH):
         parsed.append(epoch := parse(one.wire))
         if epoch.signer != held.roster.recovery.hex():
             raise refused("it is not signed by the recovery key")
         keys.update(signer["key"] for signer in epoch.facts["signers"])
         kept.update(epoch.facts["keep"])
+    current = [one for one in unheld if one.facts["epoch"] >= held.roster.epoch or one.sha256 in kept]
     keys.update(one.facts["key"] for one in current if one.kind is Kind.ADD_SIGNER)
     for wanted in _BY_SIGNERS:
         for one in (each for each in current if each.kind is wanted):
@@ -61,9 +62,8 @@ def read_new(
     return [*parsed, *(parse(one.wire) for one in leaves)]
 
 
-def _current(untrusted: Sequence[object], held: StatementSet) -> Iterator[_Said]:
-    """Yield what is of this swarm, is not held, and is not overtaken; each once."""
-    _, kept, _ = held.vouching()
+def _unheld(untrusted: Sequence[object], held: StatementSet) -> Iterator[_Said]:
+    """Yield what is of this swarm and is not held; each once."""
     seen = set(held.by_hash)
     for wire in untrusted:
         kind, body, facts = peek(wire)
@@ -72,5 +72,4 @@ def _current(untrusted: Sequence[object], held: StatementSet) -> Iterator[_Said]
             continue
         seen.add(sha256)
         held.check_swarm(sha256 if kind is Kind.GENESIS else facts["swarm"])
-        if facts["epoch"] >= held.roster.epoch or sha256 in kept:
-            yield _Said(kind, facts, sha256, wire)
+        yield _Said(kind, facts, sha256, wire)

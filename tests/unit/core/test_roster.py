@@ -11,7 +11,9 @@ from mycoswarmd.core.roster import (
     Statement,
     StatementSet,
     digest_of,
+    encode_statement,
     parse_beacon,
+    read_new,
 )
 from mycoswarmd.core.types import Role
 from mycoswarmd.errors import BadRequest, Unavailable
@@ -602,6 +604,18 @@ def test_a_node_behind_an_equal_epoch_is_not_refused() -> None:
     behind.add(ahead.missing(behind.roster.hashes))
     assert ahead.roster == behind.roster
     assert live(ahead) == set()
+
+
+def test_an_epoch_brings_what_it_keeps_also_where_another_dropped_it() -> None:
+    """And where the signer that admitted it was never heard of."""
+    added = [M.add_signer(S2, A), ADMIT_A, M.admit(B, by=S2)]
+    ahead = M.set(*added)
+    ahead.add([M.new_epoch(2, {S3: A}, added)])
+    for behind in (M.set(), M.set(M.new_epoch(1, {S4: C}))):
+        wires = [encode_statement(one) for one in ahead.missing(behind.roster.hashes)]
+        behind.add(read_new(wires, behind, parse=parse))
+        assert behind.roster == ahead.roster
+        assert live(behind) == {A.id, B.id}
 
 
 # --- bounds --------------------------------------------------------------------------------------
