@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from mycoswarmd.core.roster import MAX_STATEMENTS, Member
+from mycoswarmd.core.types import Unknown
 from mycoswarmd.errors import MycoswarmError, Unavailable
 from mycoswarmd.fleet.hints import Hints
 from mycoswarmd.flow.ports import Clock, Entropy
@@ -303,7 +304,9 @@ class Link:
         A member that missed an epoch sends statements that this node refuses, and needs ours all the more.
         """
         have, port = self._around.swarm.hashes(), self._around.own_port() or 0
-        body = {"have": have, "statements": [], "port": port}
+        # Whoever was just started has heard the newest beacon before, perhaps, and asks for another.
+        fresh = isinstance(self._around.swarm.age_s(), Unknown)
+        body = {"have": have, "statements": [], "port": port, "fresh": fresh}
         answer = dict(await client.ask("POST", "/swarm/sync", body, within_s=_SYNC_WITHIN_S))
         try:
             await self._give(client, answer)

@@ -40,8 +40,10 @@ log = logging.getLogger(__name__)
 
 # Signers say this often that they are there; a node's roster is as old as the last word it heard.
 BEACON_S = 6 * 3600.0
-# A peer that asks hears a new one, but not more often than this.
+# A peer that asks hears a new one, but not more often than this; and where it does not know how old its
+# roster is, because it was just started, that.
 _BEACON_AT_MOST_S = 60.0
+_BEACON_IN_NEED_S = 5.0
 # Signatures are checked in a thread from this many statements on; each takes about 0.15 ms.
 _INLINE_STATEMENTS = 20
 # What a roster means is worked out in a thread from this many statements on: 10,000 take 0.3 s.
@@ -311,7 +313,8 @@ class Swarm:
         have = _hashes(untrusted_body)
         if given:
             await self.merge(given)
-        await self._beacon_if_old()
+        is_needed = untrusted_body.get("fresh") is True
+        await self._beacon_if_older(_BEACON_IN_NEED_S if is_needed else _BEACON_AT_MOST_S)
         mine = frozenset(self.hashes())
         return {
             "statements": await self._lacked(have),
@@ -358,10 +361,10 @@ class Swarm:
         except StoreError as exc:
             log.warning("no beacon was signed: %s", exc.message)
 
-    async def _beacon_if_old(self) -> None:
+    async def _beacon_if_older(self, than_s: float) -> None:
         key = self._signer.public_key()
         heard_s = self._heard_at_s.get(key.hex()) if key is not None else None
-        if heard_s is None or self._clock.boot_s() - heard_s > _BEACON_AT_MOST_S:
+        if heard_s is None or self._clock.boot_s() - heard_s >= than_s:
             await self._try_beacon()
 
     async def _beacon(self) -> None:

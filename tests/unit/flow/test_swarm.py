@@ -600,6 +600,25 @@ async def test_a_beacon_that_cannot_be_written_stops_nothing(tmp_path: Path) -> 
         assert len((await one.swarm.sync({"have": []}))["beacons"]) == 1  # type: ignore[arg-type]
 
 
+async def test_who_does_not_know_the_age_of_its_roster_hears_a_new_beacon(
+    home: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def newest(**asked: object) -> int:
+        answer: Any = await home.swarm.sync({"have": [], **asked})
+        return int(answer["beacons"][0]["n"])
+
+    now_s = home.clock.boot_s()
+    monkeypatch.setattr(home.clock, "boot_s", lambda: now_s)
+    first = await newest()
+    now_s += 4
+    assert await newest(fresh=True) == first
+    now_s += 3
+    assert await newest() == await newest(fresh="yes") == first
+    assert await newest(fresh=True) == first + 1
+    now_s += 61
+    assert await newest() == first + 2
+
+
 async def test_a_change_of_key_that_ends_half_way_is_finished_by_a_restart(tmp_path: Path) -> None:
     async with machine(tmp_path / "a") as one:
         await one.begin()
