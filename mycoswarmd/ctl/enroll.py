@@ -81,6 +81,11 @@ def enroll(
         for row in joined.get("nodes") or []
     ]
     session.table(("ID", "NAME", "ROLE"), rows, empty="no other members")
+    if not operator:
+        session.aside(
+            "as far as the policy allows it, other nodes may answer prompts of this one from now on:"
+        )
+        session.aside("  mycoswarmctl policy show")
 
 
 def own_name() -> str:

@@ -32,10 +32,10 @@ def _model(data: Doc, paint: Paint) -> str:
     usage = data.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     head = f"step {line(data.get('step', '?'))}: {line(data.get('model') or 'model')}"
-    facts = [f"zone {data.get('zone')}", f"rule {data.get('rule')}"]
+    facts = [f"{key} {data[key]}" for key in ("zone", "rule") if data.get(key)]
     facts += [f"{tokens} tokens"] if tokens is not None else []
     facts += [_took(data)] if data.get("duration_ms") is not None else []
-    lines = [paint("bold", head) + paint("dim", f"  ({line(', '.join(facts))})")]
+    lines = [paint("bold", head) + (paint("dim", f"  ({line(', '.join(facts))})") if facts else "")]
     lines += _quoted(str(data.get("text") or ""))
     return "\n".join(lines)
 

@@ -219,6 +219,15 @@ def test_two_people_at_two_terminals_make_a_swarm(tmp_path: Path) -> None:
         assert pi.ok("status")["swarm"]["members"]
 
 
+def test_who_may_not_command_the_node_is_shown_no_recovery_key(tmp_path: Path) -> None:
+    pc = Machine(tmp_path, "pc")
+    write_private(pc.state / "policy.toml", POLICY.replace('["task", "admin"]', '"task"'))
+    with running(pc):
+        ran = pc.ctl("init", "--name", "home", "--yes-i-wrote-it-down")
+        assert (ran.code, ran.out) == (3, "")
+        assert pc.node.call("GET", "/api/swarm").json["may_admin"] is False
+
+
 def test_a_person_says_no(tmp_path: Path) -> None:
     pc, pi = Machine(tmp_path, "pc"), Machine(tmp_path, "pi")
     with running(pc, pi):

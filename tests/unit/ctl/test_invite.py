@@ -291,6 +291,12 @@ def test_a_name_that_is_taken_is_said(inviting: FakeNode) -> None:
     assert "taken" not in ctl(inviting, "invite", "--name", "study", "--no-wait").err
 
 
+def test_who_joins_is_told_that_others_may_answer_prompts(newcomer: FakeNode) -> None:
+    newcomer.on("POST", "/api/swarm/enroll", answer(JOINED))
+    ran = ctl(newcomer, "enroll", CODE)
+    assert ran.code == 0 and "mycoswarmctl policy show" in ran.err
+
+
 def test_what_is_no_id_of_an_invitation_is_not_sent(inviting: FakeNode) -> None:
     for text in ("", "79D", " "):
         assert ctl(inviting, "invite", "--cancel", text).code == 2

@@ -4,6 +4,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from mycoswarmd.ctl.screen import Paint
+from mycoswarmd.ctl.transcript import render
 from tests.unit.ctl.fakenode import FakeNode, Reply, answer, ctl, events, refuse
 from tests.unit.ctl.tasks_data import FACTS, ID, PENDING, RULE, TRANSCRIPT, serve_task, task
 
@@ -264,3 +266,10 @@ def test_changes_that_are_not_the_ones_shown_are_refused(node: FakeNode, tmp_pat
     serve_task(node, changes="bb" * 32)
     assert ctl(node, "apply", ID, "--workspace", str(tmp_path), "--yes").code == 1
     assert not (tmp_path / "new.txt").exists()
+
+
+def test_a_step_without_an_answer_has_no_empty_facts() -> None:
+    bare = Paint(is_on=False)
+    assert render({"kind": "model", "data": {"step": 1}}, bare) == "step 1: model"
+    full = {"step": 1, "zone": "lan", "rule": "r", "model": "m"}
+    assert render({"kind": "model", "data": full}, bare) == "step 1: m  (zone lan, rule r)"
