@@ -65,6 +65,7 @@ class TlsConnection(http.client.HTTPConnection):
         plain = socket.create_connection(self._address, _CONNECT_S)
         try:
             plain.settimeout(_SHORT_S)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             tls = self._context.wrap_socket(plain, server_hostname=self._name)
         except BaseException:
             plain.close()
