@@ -258,7 +258,8 @@ class Session:
 class Discovery:
     """Keeps a session on the networks that there are, and tells the node what it hears."""
 
-    def __init__(self, loop: GatedLoop, outlet: Outlet) -> None:
+    def __init__(self, loop: GatedLoop, outlet: Outlet, memory: "Memory") -> None:
+        self._memory = memory
         self._loop = loop
         self._outlet = outlet
         self._wanted: Announcement | None = None
@@ -318,7 +319,7 @@ class Discovery:
         """Forget everything heard when it is too much; end when memory does not come back."""
         while True:
             await asyncio.sleep(1.0)
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > _RSS_KIB:
+            if self._memory.resident_kib() > _RSS_KIB:
                 os._exit(EXIT_FULL)
             if self._session is not None and self._session.records() > _CACHE_RECORDS:
                 self._is_stale = True
@@ -449,6 +450,21 @@ def _drain(watcher: socket.socket, changed: asyncio.Event) -> None:
     changed.set()
 
 
+class Memory:
+    """How much memory this process has; opened before files are closed to it.
+
+    Not `ru_maxrss`: a new process has that of whoever started it.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        self._page_kib = resource.getpagesize() >> 10
+
+    def resident_kib(self) -> int:
+        """Return what is resident now, in KiB."""
+        return int(os.pread(self._fd, 128, 0).split()[1]) * self._page_kib
+
+
 def _on_fault(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
     """End for every fault but that of one packet: a process that is half dead would not be started anew."""
     del loop
@@ -459,9 +475,9 @@ def _on_fault(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> No
         os._exit(EXIT_BROKEN)
 
 
-async def _serve(loop: GatedLoop, *, once_s: float | None) -> None:
+async def _serve(loop: GatedLoop, memory: Memory, *, once_s: float | None) -> None:
     outlet = Outlet(sys.stdout.fileno(), loop.time, metered=once_s is None)
-    discovery = Discovery(loop, outlet)
+    discovery = Discovery(loop, outlet, memory)
     if once_s is not None:
         await discovery.run(None, for_s=once_s)
         return
@@ -477,11 +493,12 @@ def main(argv: Iterable[str]) -> None:
     parser.add_argument("--once", type=float, metavar="SECONDS")
     options = parser.parse_args(list(argv))
     logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
+    memory = Memory()
     confine()
     loop = GatedLoop()
     loop.set_exception_handler(_on_fault)
     try:
-        loop.run_until_complete(_serve(loop, once_s=options.once))
+        loop.run_until_complete(_serve(loop, memory, once_s=options.once))
     finally:
         loop.close()
 

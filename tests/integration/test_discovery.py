@@ -509,6 +509,17 @@ async def test_what_is_to_be_remembered_does_not_fill_the_memory(network: Networ
     await undefended.wait()
 
 
+async def test_it_lives_beside_a_large_parent(network: Network) -> None:
+    one, other = network.machine(), network.machine()
+    large = bytearray(os.urandom(1 << 20) * 200)  # a process begins with the memory of whoever started it
+    async with nodes(one, other) as (a, b):
+        a.announce(A)
+        await b.hears(A)
+        await asyncio.sleep(2.5)
+        assert (a.discovery.restarts, b.discovery.restarts) == (0, 0)
+    assert len(large) == 200 << 20
+
+
 async def test_a_line_for_a_person(network: Network) -> None:
     one, other = network.machine(), network.machine()
     async with nodes(one) as (a,):
