@@ -35,6 +35,8 @@ _SYNC_PAUSE_S, _LONGEST_SYNC_PAUSE_S = 0.5, 30.0
 # A change reaches everybody this fast by itself.
 _SETTLE_S = 0.3
 _PING_S = 30.0
+# A signer that is asked in need signs every five seconds at most.
+_ASK_AGAIN_S = 6.0
 # A request takes 4 MiB, of which the hashes of a full roster are 0.7.
 _PORTION_BYTES = 2 << 20
 
@@ -209,7 +211,11 @@ class Link:
         self._became_ready.clear()
         failure: MycoswarmError | None = None
         async with asyncio.TaskGroup() as group:
-            beside = [group.create_task(self._keep_synced(client)), group.create_task(self._measure(client))]
+            beside = [
+                group.create_task(self._keep_synced(client)),
+                group.create_task(self._measure(client)),
+                group.create_task(self._ask_for_a_beacon()),
+            ]
             try:
                 await self._watch(client)
             except MycoswarmError as exc:
@@ -338,6 +344,14 @@ class Link:
         if self.client is not None:
             body = {"have": self._around.swarm.hashes(), "statements": list(statements)}
             await self._quietly(self.client.ask("POST", "/swarm/sync", body))
+
+    async def _ask_for_a_beacon(self) -> None:
+        """Ask a signer again, as long as nothing says how old this node's roster is."""
+        await self._became_ready.wait()
+        while self.member.is_signer and isinstance(self._around.swarm.age_s(), Unknown):
+            self._sync_wanted.set()
+            self._hurry.set()
+            await asyncio.sleep(_ASK_AGAIN_S)
 
     async def _measure(self, client: PeerClient) -> None:
         await self._became_ready.wait()
