@@ -175,7 +175,7 @@ def test_order_and_portions_leave_no_trace(given_: list[Statement], data: st.Dat
 
 
 @many
-@given(ANY, ANY, ANY)
+@given(statements(), statements(), statements())
 def test_merging_is_idempotent_commutative_and_associative(
     a: list[Statement], b: list[Statement], c: list[Statement]
 ) -> None:
@@ -183,6 +183,21 @@ def test_merging_is_idempotent_commutative_and_associative(
     assert same(merged(one, one), one)
     assert same(merged(one, two), merged(two, one))
     assert same(merged(merged(one, two), three), merged(one, merged(two, three)))
+
+
+@many
+@given(ANY, ANY, ANY)
+def test_across_epochs_whoever_differs_agrees_after_one_exchange(
+    a: list[Statement], b: list[Statement], c: list[Statement]
+) -> None:
+    # An epoch drops what it does not keep, and a later one may keep what an earlier one dropped: who met whom
+    # first can leave a difference, and the next exchange levels it.
+    one, two, three = (settle([each]) for each in (a, b, c))
+    left, right = merged(merged(one, two), three), merged(one, merged(two, three))
+    both = merged(left, right)
+    assert same(both, merged(right, left))
+    assert same(merged(left, both), both)
+    assert same(merged(right, both), both)
 
 
 @many
