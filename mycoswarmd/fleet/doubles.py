@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _AT_ONCE = 2
 _WITHIN_S = 5.0
 _EACH_S = 60.0
+# Where it could not be told.
+_AGAIN_S = 5.0
 _WAITING, _REMEMBERED = 64, 512
 
 
@@ -86,23 +88,33 @@ class Doubles:
                 continue
             try:
                 async with asyncio.timeout(2 * _WITHIN_S):
-                    await self._look(link, address)
+                    is_clear = await self._look(link, address)
+                if not is_clear:
+                    self._look_again_soon(node_id, address)
             except TimeoutError:
                 log.debug("node %s was not looked for at %s: no answer", node_id, address)
             except MycoswarmError as exc:
+                self._look_again_soon(node_id, address)  # it may be announced before it listens
                 log.debug("node %s is not at %s: %s", node_id, address, exc.message)
             except Exception:  # a bug of ours costs this look, not the node
                 log.exception("node %s was not looked for at %s", node_id, address)
 
-    async def _look(self, link: Link, address: PeerAddress) -> None:
+    def _look_again_soon(self, node_id: str, address: PeerAddress) -> None:
+        target = (node_id, address)
+        if target in self._looked_s:
+            self._looked_s[target] = self._clock.monotonic_s() - _EACH_S + _AGAIN_S
+
+    async def _look(self, link: Link, address: PeerAddress) -> bool:
+        """Compare the daemon there with the one that the link speaks to; False where that cannot be told."""
         async with self._dialer.member(link.member, _Only(address)) as client:
             word = parse_word(await client.ask("GET", "/swarm/word", within_s=_WITHIN_S))
         if word.id != link.member.id:
-            return
+            return True
         # What was said before this may come from a daemon that has ended in between.
         if not await link.speaks_again() or link.word is None:
-            return
+            return False
         if word.instance == link.word.instance:
             self._is_same(link, address)
         else:
             self._is_another(link, address)
+        return True

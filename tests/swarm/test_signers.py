@@ -172,7 +172,7 @@ def test_a_copied_disk_raises_an_alarm_and_a_restart_does_not(lab: Lab) -> None:
     def both_alarmed() -> bool:
         return all("cloned" in node.row(three)["alarm"] for node in (one, two))
 
-    wait_until(both_alarmed, within_s=20, why=lambda: lab.story([one, two, three, clone]))
+    wait_until(both_alarmed, within_s=30, why=lambda: lab.story([one, two, three, clone]))
     said = one.host.run("sh", "-c", f".venv/bin/mycoswarmctl --socket {one.socket} nodes; true")
     assert "cloned" in said or "alarm" in said, said
 
