@@ -11,7 +11,7 @@ import logging
 import ssl
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -51,6 +51,12 @@ class Bounds:
     patience_s: float = 5.0
 
 
+def abort(transport: asyncio.WriteTransport) -> None:
+    """End a connection at once, also one that is closed already, which Python before 3.11.4 cannot bear."""
+    with suppress(AttributeError):
+        transport.abort()
+
+
 @dataclass(slots=True, eq=False)
 class Line:
     """One connection.
@@ -80,7 +86,7 @@ class Line:
             self._timer.cancel()
             self._timer = None
         if seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self.transport.abort)
+            self._timer = asyncio.get_running_loop().call_later(seconds, abort, self.transport)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,14 +121,14 @@ class Lines:
             try:
                 line.node_id = self._proved_id(transport)
             except BadRequest:
-                transport.abort()
+                abort(transport)
                 return
             line.allow(self.bounds.patience_s)
         line.refusal = self._too_many(line)
         if line.refusal is not None:
             if len(self.refused) >= self.bounds.refused:
                 line.allow(None)
-                transport.abort()
+                abort(transport)
                 return
             self.refused.add(handler)
             line.allow(self.bounds.patience_s)
@@ -161,14 +167,14 @@ class Lines:
         """End every connection of these keys at once, also in the middle of an answer; return how many."""
         found = [line for node_id in node_ids for line in self._members.get(node_id, ())]
         for line in found:
-            line.transport.abort()
+            abort(line.transport)
         return len(found)
 
     def cut_all(self, door: Door, *, only_endless: bool = False) -> None:
         """End the connections of a kind of listener."""
         for line in list(self._lines.values()):
             if line.door is door and (line.is_endless or not only_endless):
-                line.transport.abort()
+                abort(line.transport)
 
     def _proved_id(self, transport: asyncio.Transport) -> str | None:
         tls: ssl.SSLObject = transport.get_extra_info("ssl_object")
@@ -208,7 +214,7 @@ class Lines:
             if one.is_stranger and one.source == hoarder and one.refusal is None
         )
         self.closed(handler)
-        oldest.transport.abort()
+        abort(oldest.transport)
         return True
 
     def _count(self, line: Line, by: int) -> None:

@@ -138,7 +138,7 @@ class _Connector(aiohttp.TCPConnector):
         is_another = self._is_single and self._newest is not None and transport is not self._newest
         if transport is None or cuts != self._cuts or is_another:
             if transport is not None:
-                transport.abort()
+                abort(transport)
             connection.close()
             raise aiohttp.ClientConnectionError("the connection is gone")
         if transport is not self._newest:
@@ -152,11 +152,17 @@ class _Connector(aiohttp.TCPConnector):
         """Drop every connection now."""
         self._cuts += 1
         for transport in list(self._transports):
-            transport.abort()
+            abort(transport)
 
 
 async def _note_reuse(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
     context.trace_request_ctx.is_reused = True
+
+
+def abort(transport: asyncio.WriteTransport) -> None:
+    """End a connection at once, also one that is closed already, which Python before 3.11.4 cannot bear."""
+    with suppress(AttributeError):
+        transport.abort()
 
 
 def leave(response: aiohttp.ClientResponse) -> None:
@@ -166,7 +172,7 @@ def leave(response: aiohttp.ClientResponse) -> None:
     """
     connection = response.connection
     if connection is not None and connection.transport is not None:
-        connection.transport.abort()
+        abort(connection.transport)
     response.close()
 
 
