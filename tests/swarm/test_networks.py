@@ -89,6 +89,7 @@ def test_one_host_name_for_two_machines(lab: Lab) -> None:
     lab.found(one)
     table = lab.directory / "hosts"
     table.write_text(f"127.0.0.1 localhost\n{dead.ip} swarm.home\n{one.host.ip} swarm.home\n")
+    Path("/etc/hosts").touch()  # the smallest installations have none to mount over
     two.host.run("mount", "--bind", str(table), "/etc/hosts")
     code = one.invite()
     said = two.host.run(*CTL, "--socket", str(two.socket), "enroll", code, "--address", "swarm.home")
