@@ -10,6 +10,7 @@ from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.openai import send
+from mycoswarmd.core.names import NAME
 from mycoswarmd.core.placement import why_not
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.explain import explain as explain_request
@@ -24,7 +25,6 @@ from mycoswarmd.wire.jsonv import get_bool, get_int, get_str
 from mycoswarmd.wire.prompt import Prompt, PromptKind
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PAGE = 500
 # The final attempt's `changes` event is just before its final state.
 _LAST_EVENTS = 5
@@ -216,7 +216,7 @@ async def keys(call: Call) -> StreamResponse:
 async def create_key(call: Call) -> StreamResponse:
     """Make an API key; the secret is in this answer and nowhere else."""
     name = get_str(call.json(), "name", where="body", max_len=64)
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise BadRequest(
             "bad-name", f"cannot name a key {name!r}: letters, digits, dot, dash, underscore", where="name"
         )

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mycoswarmd.ctl.members import SHORT_ID, check_name
+from mycoswarmd.core.names import check_name
+from mycoswarmd.ctl.members import SHORT_ID
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line

@@ -3,7 +3,8 @@
 import importlib
 from collections.abc import Sequence
 
-from mycoswarmd.ctl.members import SHORT_ID, ask_first, check_name, fetch, member
+from mycoswarmd.core.names import check_name
+from mycoswarmd.ctl.members import SHORT_ID, ask_first, fetch, member
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line

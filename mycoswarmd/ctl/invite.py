@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from mycoswarmd.core.names import check_name
 from mycoswarmd.ctl.client import segment
-from mycoswarmd.ctl.members import check_name, fetch
+from mycoswarmd.ctl.members import fetch
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.run import parse_seconds

@@ -21,7 +21,6 @@ _KEY_OR_ID = re.compile(r"[0-9a-f]{16,64}|[a-z2-7]{26}")
 _JOINING = "mycoswarmd.ctl.joining"
 
 # As the node has it (flow/enrol.py); checked here too, before a person has done anything in vain.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 _NODE = typer.Argument(..., metavar="NODE", help="A node's name, its id, or the beginning of its id.")
 _YES = typer.Option(False, "--yes", "-y", help="Do not ask.")
@@ -232,16 +231,6 @@ def _no_signer(known: Doc) -> Conflict:
         "cannot revoke: this node is no signer",
         hint=f"do it on {holders}" if holders else "mycoswarmctl recover, with the paper key",
     )
-
-
-def check_name(name: str, what: str) -> None:
-    """Refuse what no member, and no swarm, can be called; BadRequest("bad-name")."""
-    if not _NAME.fullmatch(name):
-        raise BadRequest(
-            "bad-name",
-            f"cannot call {what} {name[:80]!r}",
-            hint="letters, digits, dots, dashes and underscores, at most 63, starting with a letter or digit",
-        )
 
 
 def others(answer: Doc) -> list[Doc]:

@@ -90,10 +90,6 @@ class Fleet:
         """Return how each member is, by name."""
         return sorted((link.state() for link, _ in self._links.values()), key=lambda one: one.member.name)
 
-    def words(self) -> Mapping[str, Word]:
-        """Return what the members that are ready said last, by id."""
-        return {node_id: link.word for node_id, (link, _) in self._links.items() if link.word is not None}
-
     def client(self, node_id: str) -> PeerClient | None:
         """Return a client of a member that is ready, or None."""
         link = self._link(node_id)
@@ -152,12 +148,6 @@ class Fleet:
             link.wake()
         if link.is_ready and hint.address not in self._hints.proved(hint.node_id):
             self._doubles.want(hint.node_id, hint.address)
-
-    def poke(self) -> None:
-        """Exchange rosters with everybody whose roster differs, and dial those who are away."""
-        for link, _ in self._links.values():
-            link.poke()
-            link.wake()
 
     async def spread(self) -> None:
         """Tell everybody who is ready of a change here, and wait for them a few seconds."""

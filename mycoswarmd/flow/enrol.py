@@ -9,7 +9,6 @@ Source: docs/wire.md, "Enrolment".
 import asyncio
 import hmac
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +27,7 @@ from mycoswarmd.core.enrol import (
     parse_hello,
     seal_bundle,
 )
+from mycoswarmd.core.names import check_name
 from mycoswarmd.core.roster import ReadCert
 from mycoswarmd.core.words import six_words
 from mycoswarmd.errors import (
@@ -62,7 +62,6 @@ _DECIDE_S = 120.0
 _AGAIN_S = 1.0
 # How often a message is sent again that a busy inviter or a broken connection did not answer.
 _TRIES = 8
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _CLOSED = {
     "used": ("invite-used", "it was used already"),
     "burnt": ("invite-burnt", "it was tried with a wrong code too often"),
@@ -475,17 +474,6 @@ class Newcomer:
 
 def _declined() -> Denied:
     return Denied("invite-declined", "cannot join: a person said no at the inviting machine")
-
-
-def check_name(name: str) -> None:
-    """Refuse what is no name for a machine; BadRequest("bad-name")."""
-    if not _NAME.fullmatch(name):
-        raise BadRequest(
-            "bad-name",
-            f"cannot call a node {name[:80]!r}",
-            hint="letters, digits, dots, dashes and underscores, at most 63, starting with a letter or digit",
-            where="name",
-        )
 
 
 def _keys(row: InviteRow) -> CodeKeys:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
+from mycoswarmd.core.names import numbered
 from mycoswarmd.core.roster import (
     MAX_REKEYS,
     MAX_STATEMENTS,
@@ -753,7 +754,7 @@ class Swarm:
 
     def _free_name(self, wanted: str) -> str:
         taken = {member.given_name for member in self._require_roster().members.values()}
-        names = [wanted, *(f"{wanted}-{n}" for n in range(2, MAX_STATEMENTS))]
+        names = [wanted, *(numbered(wanted, n) for n in range(2, MAX_STATEMENTS))]
         return next(name for name in names if name not in taken)
 
     def _revoked_id(self, text: str) -> str:

@@ -103,6 +103,9 @@ class RealNode:
     def state_of(self, other: "RealNode") -> PeerState:
         return next(state for state in self.fleet.states() if state.member.id == other.id)
 
+    def words(self) -> dict[str, Word]:
+        return {one.member.id: one.word for one in self.fleet.states() if one.word is not None}
+
     async def until(self, holds: Callable[[], bool], *, within_s: float = 8.0) -> None:
         """Wait until something holds, looking again at each change of fleet or roster."""
         news = asyncio.Event()

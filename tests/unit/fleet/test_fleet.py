@@ -62,7 +62,7 @@ async def test_a_hint_leads_to_a_link(home: Home) -> None:
     state = a.state_of(b)
     assert state.address == b.address
     assert state.word is not None and state.word.id == b.id
-    assert a.fleet.words()[b.id].digest == b.swarm.digest
+    assert a.words()[b.id].digest == b.swarm.digest
     assert await a.fleet.ping(b.id) < 1000
     assert a.state_of(b).rtt_ms is not None
     client = a.fleet.client(b.id)
@@ -113,7 +113,7 @@ async def test_who_is_put_out_is_cut_in_the_same_step(home: Home) -> None:
     a.fleet.subscribe(lambda: seen.append(a.fleet.client(b.id) is None))
     a.swarm.spread = None
     await a.swarm.revoke("bedroom", "sold")
-    assert a.fleet.states() == [] and a.fleet.client(b.id) is None and a.fleet.words() == {}
+    assert a.fleet.states() == [] and a.fleet.client(b.id) is None and a.words() == {}
     assert seen[-1]
     with pytest.raises(NotFound):
         await a.fleet.ping(b.id)
@@ -132,7 +132,7 @@ async def test_silence_is_noticed_in_five_seconds_and_speech_at_once(home: Home)
     began_s = loop.time()
     await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE)
     assert 2.0 < loop.time() - began_s < 7.0  # up to 2 s until the last heartbeat, then 4.5 s
-    assert a.fleet.client(b.id) is None and a.fleet.words() == {}
+    assert a.fleet.client(b.id) is None and a.words() == {}
     assert "silent" in a.state_of(b).detail
     b.behaviour.is_silent = False
     await ready(a, b)
@@ -261,7 +261,7 @@ async def test_two_with_one_key_raise_an_alarm_that_stays(home: Home) -> None:
             await asyncio.sleep(0.05)
     b.behaviour.word = lambda word: replace(word, boot=word.boot + 5)
     b.say_again()
-    await a.until(lambda: a.fleet.words()[b.id].instance == b.swarm.instance)
+    await a.until(lambda: a.words()[b.id].instance == b.swarm.instance)
     assert a.state_of(b).alarm.startswith("cloned")
 
 
@@ -325,7 +325,7 @@ async def test_only_a_count_that_falls_back_is_an_alarm(home: Home, boot: int, *
     instance = b.swarm.instance if boot == 0 else "00000000deadbeef"
     b.behaviour.word = lambda word: replace(word, boot=10 + boot, instance=instance, uptime_s=7)
     b.say_again()
-    await a.until(lambda: a.fleet.words()[b.id].uptime_s == 7)
+    await a.until(lambda: a.words()[b.id].uptime_s == 7)
     assert bool(a.state_of(b).alarm) is is_alarm
 
 
@@ -351,7 +351,7 @@ async def test_a_word_for_another_id_is_no_word(home: Home) -> None:
     b.behaviour.word = lambda word: replace(word, id=a.id)
     tell(a, b)
     await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE)
-    assert a.fleet.words() == {}
+    assert a.words() == {}
 
 
 async def test_a_new_key_of_ours_is_used_from_the_next_connection(home: Home) -> None:
