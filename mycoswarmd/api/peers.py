@@ -16,10 +16,8 @@ from mycoswarmd.api.services import OwnWord, SwarmDesk
 from mycoswarmd.errors import Unavailable
 from mycoswarmd.flow.swarmports import Hint, PeerAddress
 from mycoswarmd.wire.jsonv import get_int
-from mycoswarmd.wire.peer import encode_word
+from mycoswarmd.wire.peer import HEARTBEAT_S, encode_word
 
-# A watcher that hears nothing for 4.5 s takes this node for dead.
-HEARTBEAT_S = 2.0
 # A node whose state flickers does not flood the others.
 _PACE_S = 0.2
 _NDJSON = "application/x-ndjson"

@@ -44,7 +44,7 @@ from mycoswarmd.errors import (
 )
 from mycoswarmd.flow.swarmports import AddressBook, PeerAddress
 from mycoswarmd.wire.jsonv import parse_object
-from mycoswarmd.wire.peer import MAX_WORD_BYTES, Word, parse_word
+from mycoswarmd.wire.peer import MAX_WORD_BYTES, SILENT_S, Word, parse_word
 
 SERVER_NAME = "{}.mycoswarm.internal"
 _STRANGER = SERVER_NAME.format("stranger")
@@ -58,9 +58,17 @@ _MAX_PARTS = 1 << 19
 _INLINE_BYTES = 1 << 20
 # On a LAN a connection with its handshake takes milliseconds; behind a dead hint is nobody for ever.
 _CONNECT_S = 1.5
-# A node says something every 2 s; after this it is gone.
-SILENT_S = 4.5
 _WATCH_HEAD_S = 10.0
+# Bytes that nobody acknowledges for this long end a connection, whatever it carries.
+_UNHEARD_MS = 4_000
+# A machine that dies says nothing: on a watch the kernel asks after 2 s of silence, once a second, and gives
+# up at 4 s. It does so without waking this process, which heartbeats as frequent would do all day.
+_PROBES = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
+)
 # A member's addresses are tried this far apart where none of them is proved yet.
 _STAGGER_S = 0.25
 # A server that refuses our certificate ends the connection at once; one that worked for longer has failed.
@@ -144,6 +152,8 @@ class _Connector(aiohttp.TCPConnector):
         if transport is not self._newest:
             self._newest = transport
             self._transports.add(transport)
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD_MS)
             tls = transport.get_extra_info("ssl_object")
             self.cert_der = (tls.getpeercert(binary_form=True) if tls is not None else None) or b""
         return connection
@@ -163,6 +173,14 @@ def abort(transport: asyncio.WriteTransport) -> None:
     """End a connection at once, also one that is closed already, which Python before 3.11.4 cannot bear."""
     with suppress(AttributeError):
         transport.abort()
+
+
+def _probe(response: aiohttp.ClientResponse) -> None:
+    """Have the kernel find out when the other machine is gone."""
+    connection = response.connection
+    if connection is not None and connection.transport is not None:
+        for option in _PROBES:
+            connection.transport.get_extra_info("socket").setsockopt(*option)
 
 
 def leave(response: aiohttp.ClientResponse) -> None:
@@ -386,6 +404,7 @@ class MemberClient:
         try:
             if response.status != 200:
                 await _raise_refusal(response, self._name)
+            _probe(response)
             lines = _Lines(self._id, self._name)
             while untrusted := await self._next_piece(response):
                 word = lines.feed(untrusted)

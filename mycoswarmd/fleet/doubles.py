@@ -3,8 +3,8 @@
 A link stays with the machine that it found first, so a copy would go unseen beside it. Whoever is said to be
 somewhere else is therefore asked there, once in a while.
 
-Law: only what proves the member's key is listened to, and only while the first one speaks on: a daemon
-that was started anew is no copy.
+Law: only what proves the member's key is listened to, and the first one is asked before and after it: a
+daemon that was started anew is no copy.
 """
 
 import asyncio
@@ -87,7 +87,7 @@ class Doubles:
             if link is None or link.word is None:
                 continue
             try:
-                async with asyncio.timeout(2 * _WITHIN_S):
+                async with asyncio.timeout(3 * _WITHIN_S):
                     is_clear = await self._look(link, address)
                 if not is_clear:
                     self._look_again_soon(node_id, address)
@@ -106,15 +106,23 @@ class Doubles:
 
     async def _look(self, link: Link, address: PeerAddress) -> bool:
         """Compare the daemon there with the one that the link speaks to; False where that cannot be told."""
+        before = await self._instance(link)
         async with self._dialer.member(link.member, _Only(address)) as client:
             word = parse_word(await client.ask("GET", "/swarm/word", within_s=_WITHIN_S))
         if word.id != link.member.id:
             return True
-        # What was said before this may come from a daemon that has ended in between.
-        if not await link.speaks_again() or link.word is None:
+        # A daemon that was started anew in between is one and the same.
+        if before is None or before != await self._instance(link):
             return False
-        if word.instance == link.word.instance:
+        if word.instance == before:
             self._is_same(link, address)
         else:
             self._is_another(link, address)
         return True
+
+    @staticmethod
+    async def _instance(link: Link) -> str | None:
+        """Ask the daemon that the link speaks to which start of it this is; None where there is no link."""
+        if link.client is None:
+            return None
+        return parse_word(await link.client.ask("GET", "/swarm/word", within_s=_WITHIN_S)).instance

@@ -22,7 +22,6 @@ from mycoswarmd.wire.peer import Word
 
 log = logging.getLogger(__name__)
 
-_TICK_S = 1.0
 _STATIC_S = 5.0
 _SPREAD_S = 3.0
 _PING_S = 4.0
@@ -135,7 +134,8 @@ class Fleet:
     def hint(self, hint: Hint) -> None:
         """Hear that somebody may listen somewhere."""
         if hint.node_id is None:
-            self._knocker.want(hint.address)
+            if hint.address not in self._reached_addresses():
+                self._knocker.want(hint.address)
             return
         if hint.node_id == self._swarm.self_id:
             return
@@ -255,21 +255,17 @@ class Fleet:
 
     async def _tick(self) -> None:
         """Find out who is at the addresses that a person wrote down, as long as that is not known."""
-        asked_s = -_STATIC_S
-        while True:
-            now_s = self._clock.monotonic_s()
-            if now_s - asked_s >= _STATIC_S:
-                asked_s = now_s
-                known = {
-                    address
-                    for node_id, (link, _) in self._links.items()
-                    if link.is_ready
-                    for address in self._hints.addresses(node_id)
-                }
-                for address in self._static:
-                    if address not in known | self._own:
-                        self._knocker.want(address, is_ours=True)
-            await asyncio.sleep(_TICK_S)
+        while self._static:
+            known = self._reached_addresses() | self._own
+            for address in self._static:
+                if address not in known:
+                    self._knocker.want(address, is_ours=True)
+            await asyncio.sleep(_STATIC_S)
+
+    def _reached_addresses(self) -> set[PeerAddress]:
+        """Return where members that are ready proved their keys."""
+        ready = (node_id for node_id, (link, _) in self._links.items() if link.is_ready)
+        return {address for node_id in ready for address in self._hints.proved(node_id)}
 
     def _tell(self) -> None:
         self.version += 1

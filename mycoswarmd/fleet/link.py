@@ -1,8 +1,9 @@
 """One link to one member: dial, watch, exchange rosters, and again when it breaks.
 
-Law: a member is ready only while it speaks, over a connection on which it proved its key; silence of 4.5 s or
-the end of the connection takes it out of routing at once. What it says of itself is shown and used for
-placement; it opens nothing.
+Law: a member is ready only while it speaks, over a connection on which it proved its key; the end of the
+connection, or silence on it, takes it out of routing at once. A machine that dies is noticed by the kernel's
+probes, a process that hangs by its silence. What a member says of itself is shown and used for placement; it
+opens nothing.
 """
 
 import asyncio
@@ -20,11 +21,10 @@ from mycoswarmd.flow.ports import Clock, Entropy
 from mycoswarmd.flow.swarm import Swarm
 from mycoswarmd.flow.swarmports import PeerAddress, PeerClient, PeerDialer, PeerState, Reach
 from mycoswarmd.wire.jsonv import as_list, get_list
-from mycoswarmd.wire.peer import Word
+from mycoswarmd.wire.peer import SILENT_S, Word
 
 log = logging.getLogger(__name__)
 
-SILENT_S = 4.5
 # Connecting to the right address among dead ones takes a while, bounded by the client too.
 FIRST_WORD_S = 10.0
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.2, 5.0
@@ -34,7 +34,8 @@ _SYNC_WITHIN_S = 30.0
 _SYNC_PAUSE_S, _LONGEST_SYNC_PAUSE_S = 0.5, 30.0
 # A change reaches everybody this fast by itself.
 _SETTLE_S = 0.3
-_PING_S = 30.0
+# A ping long after the last one costs a handshake: 3 ms of two processors.
+_PING_S = 600.0
 # A signer that is asked in need signs every five seconds at most.
 _ASK_AGAIN_S = 6.0
 # A request takes 4 MiB, of which the hashes of a full roster are 0.7.
@@ -85,7 +86,6 @@ class Link:
         self._detail = "nobody has said yet where it is"
         self._code = ""
         self._seen_s: float | None = None
-        self._spoke = asyncio.Event()  # set and replaced whenever something comes from it
         self._address: PeerAddress | None = None
         self._rtt_ms: float | None = None
         self._ready_s = 0.0
@@ -135,16 +135,6 @@ class Link:
         """Drop every connection now."""
         if self._current is not None:
             self._current.cut()
-
-    async def speaks_again(self) -> bool:
-        """Wait for its next sign of life on the connection of this moment, and tell whether one came."""
-        client = self.client
-        try:
-            async with asyncio.timeout(SILENT_S):
-                await self._spoke.wait()
-        except TimeoutError:
-            return False
-        return client is not None and self.client is client
 
     async def synced(self) -> None:
         """Exchange rosters at once and wait for the end; nothing happens while it is not ready."""
@@ -236,8 +226,6 @@ class Link:
                 word = await _next(words, within_s=within_s)
                 within_s = SILENT_S
                 self._seen_s = self._around.clock.monotonic_s()
-                self._spoke.set()
-                self._spoke = asyncio.Event()
                 if word is not None:
                     await self._hear(client, word)
 

@@ -263,6 +263,10 @@ class TaskStore(Protocol):
         """Return open tasks whose deadline has passed."""
         ...
 
+    async def counts(self) -> Mapping[TaskState, int]:
+        """Return how many tasks are in each state."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApprovalRow:

@@ -32,8 +32,9 @@ from mycoswarmd.wire.prompt import PromptKind
 
 log = logging.getLogger(__name__)
 
-# How soon the worker looks for back-offs and deadlines that came due; work that arrives wakes it at once.
-_LOOK_S = 1.0
+# How soon the worker looks for back-offs, deadlines and answers that came due; work that arrives wakes it at
+# once. A node without open tasks is left to sleep: each look costs a few reads of the database.
+_LOOK_S, _IDLE_LOOK_S = 1.0, 15.0
 # How soon a final state is written again when the disk refused it.
 _AGAIN_S = 1.0
 # Waiting tasks that are looked at in one go; the rest in the next.
@@ -223,6 +224,7 @@ class Tasks:
         async with asyncio.TaskGroup() as group:
             while True:
                 self._work.clear()
+                look_s = _LOOK_S
                 try:
                     await self._end_overdue()
                     while len(self._running) < self._bounds.slots:
@@ -232,10 +234,12 @@ class Tasks:
                         running = self._running[claimed.id] = _Running(claimed.attempt)
                         group.create_task(self._attempt(claimed, running), name=f"task:{claimed.id}")
                         await self.tell()
+                    if not self._running and not await self._is_any_open():
+                        look_s = _IDLE_LOOK_S
                 except (StoreError, Unavailable) as exc:
                     log.error("cannot look for work: %s", exc)  # noqa: TRY400 - no traceback for a full disk
                 try:
-                    async with asyncio.timeout(_LOOK_S):
+                    async with asyncio.timeout(look_s):
                         await self._work.wait()
                 except TimeoutError:
                     continue
@@ -368,6 +372,10 @@ class Tasks:
             if task.id not in self._running and not await self._desk.is_open(task.id):
                 end = AttemptEnd(TaskState.QUEUED, "answered", "the question was answered")
                 await self._write_end(task, end)
+
+    async def _is_any_open(self) -> bool:
+        counts = await self._store.counts()
+        return any(counts[state] for state in (TaskState.QUEUED, TaskState.RUNNING, TaskState.WAITING))
 
     async def _follow_up(self, row: ApprovalRow) -> None:
         """Move a task on whose question was answered after its cage was closed."""

@@ -26,6 +26,9 @@ from mycoswarmd.wire.jsonv import (
 from mycoswarmd.wire.prompt import PromptKind
 
 VERSION = 1
+# On a watch something comes this often; whoever is silent for longer than two beats and a half hangs.
+HEARTBEAT_S = 10.0
+SILENT_S = 25.0
 MAX_WORD_BYTES = 256 << 10
 MAX_MODELS = 512
 # A swarm has a handful of signers; each has one beacon.

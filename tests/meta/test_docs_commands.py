@@ -1,5 +1,6 @@
 """Every command and option is in its manual page, and the other way round; the pages build."""
 
+import argparse
 import importlib
 import os
 import re
@@ -30,8 +31,23 @@ def ctl() -> Any:
     return typer.main.get_command(make_ctl(["mycoswarmctl", "engine"]))
 
 
-def daemon() -> Any:
-    return typer.main.get_command(daemon_main.app)
+def daemon() -> dict[str, set[str]]:
+    return {
+        path: {name for action in parser._actions for name in action.option_strings} - COMMON
+        for path, parser in daemon_parsers()
+    }
+
+
+def daemon_parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    parser = daemon_main.make_parser()
+    yield "", parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.items()
+
+
+def client() -> dict[str, set[str]]:
+    return dict(commands(ctl()))
 
 
 def commands(command: Any, path: str = "") -> Iterator[tuple[str, set[str]]]:
@@ -63,9 +79,9 @@ def documented(text: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(("make", "name"), [(ctl, "mycoswarmctl.1.md"), (daemon, "mycoswarmd.8.md")])
+@pytest.mark.parametrize(("make", "name"), [(client, "mycoswarmctl.1.md"), (daemon, "mycoswarmd.8.md")])
 def test_the_page_has_every_command_and_option_and_no_other(make: Any, name: str) -> None:
-    has = dict(commands(make()))
+    has = make()
     says = documented(page(name))
     assert says.keys() == has.keys()
     for command, options in has.items():
@@ -100,7 +116,8 @@ def test_every_command_has_help_that_starts_with_one_short_sentence() -> None:
         for name, child in getattr(command, "commands", {}).items():
             yield from walk(child, f"{path} {name}")
 
-    for path, text in [*walk(ctl(), "mycoswarmctl"), *walk(daemon(), "mycoswarmd")]:
+    daemons = [(f"mycoswarmd {path}", parser.description or "") for path, parser in daemon_parsers()]
+    for path, text in [*walk(ctl(), "mycoswarmctl"), *daemons]:
         first = text.split("\n\n", 1)[0].replace("\n", " ")
         assert 5 < len(first) <= 120, path
         assert first.endswith("."), path

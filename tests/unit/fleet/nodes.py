@@ -38,9 +38,11 @@ class Behaviour:
         is_silent: it answers, says its word once, and then nothing more.
         word: changes what it says of itself.
         requests: what was asked of it, in order.
+        beat_s: how often its watchers hear something; more often than the daemon's, for tests to end sooner.
     """
 
     is_silent: bool = False
+    beat_s: float = 2.0
     word: Callable[[Word], Word] = lambda word: word
     requests: list[tuple[str, str | None]] = field(default_factory=list)  # path, id of a member or None
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -270,7 +272,7 @@ class RealNode:
             while self.behaviour.is_silent:
                 await asyncio.sleep(0.05)
             with suppress(TimeoutError):
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(self.behaviour.beat_s):
                     await changed.wait()
         writer.transport.abort()
 

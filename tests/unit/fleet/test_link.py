@@ -6,7 +6,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from mycoswarmd.core.roster import Member
+from mycoswarmd.fleet import link
 from mycoswarmd.fleet.fleet import Fleet
 from mycoswarmd.flow.swarmports import AddressBook, Hint, PeerAddress, Reach, StrangerClient
 from mycoswarmd.wire.peer import Word
@@ -82,12 +85,13 @@ async def _seen(
             return list(dict.fromkeys(states)), a.state_of(b).detail, client.is_closed
 
 
-async def test_silence_ends_it(tmp_path: Path) -> None:
+async def test_silence_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "SILENT_S", 0.5)
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     states, why, is_closed = await _seen(tmp_path)
     assert states == [Reach.UNKNOWN, Reach.CONNECTING, Reach.READY, Reach.UNREACHABLE]
-    assert "silent" in why and 4.5 <= loop.time() - began_s < 7.0
+    assert "silent" in why and 0.5 <= loop.time() - began_s < 5.0
     assert is_closed
 
 
