@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
+from mycoswarmd.api import peers
 from mycoswarmd.api.lines import Bounds
 from mycoswarmd.core.enrol import Code, Joiner, derive, parse_code
 from mycoswarmd.core.roster import signed
@@ -180,7 +181,10 @@ async def test_a_signer_makes_its_key_when_a_signer_asks() -> None:
         assert answer.json == {"key": node.swarm.make_signer_key()}
 
 
-async def test_watch_says_a_word_at_once_then_changes_then_that_it_lives() -> None:
+async def test_watch_says_a_word_at_once_then_changes_then_that_it_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peers, "HEARTBEAT_S", 2.0)  # 10 s are a long time for a test
     async with running_api() as node:
         nina = await node.admit("nina")
         async with node.connected(nina) as connection:
