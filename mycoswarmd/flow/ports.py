@@ -1,5 +1,6 @@
 """What flow needs of the outside, as protocols. Only daemon/wiring.py names the classes behind them."""
 
+import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,18 @@ class Clock(Protocol):
 
     def minute_of_day(self) -> int | None:
         """Return the local time of day in minutes, or None where the clock is not to be trusted."""
+        ...
+
+
+class Dial(Protocol):
+    """Makes TCP connections for a core that has no network; None in its place means: connect yourself."""
+
+    async def __call__(self, host: str, port: int, within_s: float) -> socket.socket:
+        """Return a connected, non-blocking socket that the caller owns.
+
+        The host is an IP address in numbers, with %scope where it is link-local IPv6. All that fails is an
+        OSError, as if one had connected oneself: ConnectionRefusedError, TimeoutError, PermissionError...
+        """
         ...
 
 
