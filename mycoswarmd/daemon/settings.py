@@ -12,12 +12,14 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from mycoswarmd.core.units import parse_duration_s
 from mycoswarmd.errors import ConfigError
+from mycoswarmd.wire.proof import Unit
 
 DEFAULT_PORT: Final = 7436
 # Where members of the swarm find this node, on every address; only roster keys are answered there.
@@ -25,6 +27,20 @@ SWARM_PORT: Final = 7437
 SWARM_LISTEN: Final = ("::", SWARM_PORT)
 MAX_STATIC_PEERS: Final = 64
 CONFIG_DIR: Final = Path("/etc/mycoswarm")
+# Of the appliance, which runs as a user of its own. What the engine's unit must read is not in the state.
+STATE_DIR: Final = Path("/var/lib/mycoswarm")
+RUNTIME_DIR: Final = Path("/run/mycoswarm")
+ENGINE_DIR: Final = Path("/var/lib/mycoswarm-engine")
+ENGINE_RUNTIME_DIR: Final = Path("/run/mycoswarm-engine")
+# Where each unit of the appliance is connected to (systemd/*.socket); below /run, whatever the settings say.
+OUTPOSTS_DIR: Final = Path("/run")
+OUTPOSTS: Final[Mapping[Unit, str]] = {
+    Unit.LAN: "mycoswarm-lan.sock",
+    Unit.DISCOVERY: "mycoswarm-discovery.sock",
+    Unit.TASK: "mycoswarm-task.sock",
+    Unit.ENGINE: "mycoswarm-engine.sock",
+    Unit.SIGNER: "mycoswarm-signer.sock",
+}
 _MAX_FILE_BYTES = 64 << 10
 _ENGINE_KINDS = ("ollama", "openai")
 
@@ -40,9 +56,22 @@ class EngineSetting:
     concurrency: int = 4
 
 
+class CageKind(StrEnum):
+    """Who builds the cages."""
+
+    SYSTEMD = "systemd"  # a unit of the appliance
+    BUBBLEWRAP = "bubblewrap"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything that is not policy."""
+    """Everything that is not policy.
+
+    Attributes:
+        appliance: whether the outside is made of systemd's units, and not of children of this process.
+        outposts_dir: where the sockets of those units are.
+        engine_runtime_dir: for the sockets and logs of embedded engines.
+    """
 
     state_dir: Path
     runtime_dir: Path
@@ -63,11 +92,19 @@ class Settings:
     max_open_tasks: int = 1000
     approval_s: int = 24 * 3600
     log_level: str = "info"
+    cages: CageKind = CageKind.BUBBLEWRAP
+    appliance: bool = False
+    outposts_dir: Path = OUTPOSTS_DIR
+    engine_runtime_dir: Path
 
     @property
     def socket_path(self) -> Path:
         """Where local callers find the node."""
         return self.runtime_dir / "api.sock"
+
+    def outpost(self, unit: Unit) -> Path:
+        """Return where a unit of the appliance is connected to."""
+        return self.outposts_dir / OUTPOSTS[unit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +135,7 @@ TABLE: tuple[_Key, ...] = (
     _Key("task_slots",            int,  1, 64,        "how many tasks run at a time"),
     _Key("max_open_tasks",        int,  1, 1_000_000, "open tasks beyond this: queue full"),
     _Key("approval_time",         str,  help="how long a question to a person stands before it counts as no"),
+    _Key("cages",                 str,  help="who builds cages: \"systemd\" (appliance) or \"bubblewrap\""),
     _Key("engines",               dict, help="tables [engines.NAME]: kind, url, native_tools, concurrency"),
 )
 # fmt: on
@@ -113,6 +151,8 @@ class Options:
     listen: str | None = None
     swarm_listen: str | None = None
     log_level: str = "info"
+    appliance: bool = False
+    outposts: Path | None = None
 
 
 @dataclass(slots=True)
@@ -157,27 +197,36 @@ def load_settings(options: Options) -> Settings:
         value = values[name]
         return value if isinstance(value, int) else default
 
-    state_dir = options.state or Path(text("state_dir") or default_state_dir())
+    is_system = options.appliance and options.state is None  # where the appliance's units expect everything
+    state_dir = options.state or Path(text("state_dir") or (STATE_DIR if is_system else default_state_dir()))
     runtime = text("runtime_dir")
     if options.state is not None:
         runtime_dir = options.state / "run"
+    elif is_system:
+        runtime_dir = RUNTIME_DIR  # systemd's socket is there
     else:
         runtime_dir = Path(runtime) if runtime else default_runtime_dir(state_dir)
     policy_file = options.policy or (Path(text("policy") or "") if text("policy") else None)
+    if policy_file is None and is_system:
+        beside = CONFIG_DIR / "policy.toml"
+    else:
+        beside = _policy_beside(state_dir, is_own=options.state is not None)
     listen_text = options.listen if options.listen is not None else text("listen")
+    listen_text = listen_text or ("none" if options.appliance else f"127.0.0.1:{DEFAULT_PORT}")
+    engine_home = ENGINE_DIR if is_system else state_dir
     engines = values["engines"]
     return Settings(
         state_dir=state_dir,
         runtime_dir=runtime_dir,
-        policy_file=policy_file or _policy_beside(state_dir, is_own=options.state is not None),
+        policy_file=policy_file or beside,
         policy_is_given=policy_file is not None,
         node_name=text("node_name") or platform.node().split(".")[0] or "node",
-        listen=parse_listen(listen_text, where) if listen_text is not None else ("127.0.0.1", DEFAULT_PORT),
+        listen=parse_listen(listen_text, where),
         swarm_listen=_swarm_listen(options.swarm_listen or text("swarm_listen"), where),
         peers=_peers(values["peers"], where),
         discovery=values["discovery"] is not False,
-        models_dir=Path(text("models_dir") or state_dir / "models"),
-        engine_dir=state_dir / "engine",
+        models_dir=Path(text("models_dir") or engine_home / "models"),
+        engine_dir=engine_home / "engine",
         managed_engine=values["managed_engine"] is not False,
         engine_idle_s=_duration(text("engine_idle"), 900, where, "engine_idle"),
         engine_context_tokens=number("engine_context_tokens", 4096),
@@ -189,7 +238,16 @@ def load_settings(options: Options) -> Settings:
         max_open_tasks=number("max_open_tasks", 1000),
         approval_s=_duration(text("approval_time"), 24 * 3600, where, "approval_time"),
         log_level=options.log_level,
+        cages=_cages(text("cages"), where, is_appliance=options.appliance),
+        appliance=options.appliance,
+        outposts_dir=options.outposts or OUTPOSTS_DIR,
+        engine_runtime_dir=ENGINE_RUNTIME_DIR if is_system else runtime_dir,
     )
+
+
+def take_variables(*names: str) -> dict[str, str]:
+    """Return these variables of the environment and remove them: they are not for our children."""
+    return {name: os.environ.pop(name) for name in names if name in os.environ}
 
 
 def default_state_dir() -> Path:
@@ -249,6 +307,16 @@ def _swarm_listen(text: str | None, where: str) -> tuple[str, int] | None:
     if found is None:
         raise _invalid(where, "swarm_listen", f"must be ADDRESS:PORT, such as [::]:7437, not {text!r}")
     return found
+
+
+def _cages(text: str | None, where: str, *, is_appliance: bool) -> CageKind:
+    if text is None:
+        return CageKind.SYSTEMD if is_appliance else CageKind.BUBBLEWRAP
+    if text not in list(CageKind):
+        raise _invalid(where, "cages", f"must be one of {', '.join(CageKind)}, not {text!r}")
+    if text == CageKind.SYSTEMD and not is_appliance:
+        raise _invalid(where, "cages", "can be 'systemd' only where systemd runs the node")
+    return CageKind(text)
 
 
 def _peers(value: object, where: str) -> tuple[tuple[str, int], ...]:
