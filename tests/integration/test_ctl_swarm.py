@@ -1,11 +1,13 @@
 """A swarm by mycoswarmctl alone, as people do it: real daemons on loopback, real terminals, real keys."""
 
+import http.client
 import json
 import os
 import pty
 import re
 import select
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -18,6 +20,9 @@ from typing import Any
 import pytest
 
 from mycoswarmd.core.enrol import Code, format_code, parse_code
+from mycoswarmd.trust.certificate import server_name
+from mycoswarmd.trust.identity import IdentityFile
+from mycoswarmd.trust.tlsctx import Tls
 from tests.nodes import NodeProcess, free_port, write_private
 from tests.unit.ctl.fakenode import Ran, ctl
 from tests.upstream import Upstream, upstream
@@ -45,6 +50,27 @@ effect = "allow"
 action = "infer"
 zone = ["self", "lan"]
 label = { max = "private" }
+"""
+ASKS = """
+[tools.fs_read]
+[tools.fs_edit]
+[agents.asker]
+model = "*"
+tools = ["fs_read", "fs_edit"]
+paths = { read = ["."], write = ["."] }
+limit = { wall = "20s", memory = "1GiB", disk = "32MiB", steps = 8 }
+[[rule]]
+id = "reads"
+why = "agents may read"
+effect = "allow"
+action = "tool"
+tool = ["fs_read"]
+[[rule]]
+id = "edits-are-asked"
+why = "a person looks at each edit"
+effect = "ask"
+action = "tool"
+tool = ["fs_edit"]
 """
 CTL = (sys.executable, "-m", "mycoswarmd.ctl.main")
 
@@ -314,6 +340,89 @@ def test_an_operator_works_from_afar_until_it_is_put_out(tmp_path: Path, engine:
         for _ in range(2):
             gone = laptop.ctl("--node", "pc", "status", "--json")
             assert (gone.code, gone.json["error"]["code"]) == (3, "operator-revoked")
+
+
+def answered_as(directory: Path, node: Machine, approval: str, *, approve: bool) -> tuple[int, str]:
+    """Answer a question with the key in a directory, past all that a client looks at first."""
+    own = IdentityFile(directory).load()
+    other = IdentityFile(node.state / "identity").load()
+    assert own is not None and other is not None
+    context = Tls(own.seed, own.cert_der).client_context(other.cert_der)
+    connection = http.client.HTTPSConnection("127.0.0.1", node.port, timeout=10, context=context)
+    name = server_name(other.node_id)
+    with socket.create_connection(("127.0.0.1", node.port), 10) as plain:
+        connection.sock = context.wrap_socket(plain, server_hostname=name)
+        headers = {"Host": name, "Content-Type": "application/json"}
+        connection.request("POST", f"/api/approvals/{approval}", json.dumps({"approve": approve}), headers)
+        response = connection.getresponse()
+        said = json.loads(response.read())
+        connection.close()
+    return response.status, str(said.get("error", {}).get("code", ""))
+
+
+def test_an_operator_answers_from_afar_what_a_task_asks(tmp_path: Path, engine: Upstream) -> None:
+    pc, pi = Machine(tmp_path, "pc", engine=engine.url), Machine(tmp_path, "pi")
+    write_private(pc.state / "policy.toml", POLICY + ASKS)
+    laptop, work = Laptop(tmp_path), tmp_path / "work"
+    work.mkdir()
+    (work / "notes.txt").write_text("hello world\n")
+    edit = ("fs_edit", {"path": "notes.txt", "old": "hello", "new": "goodbye"})
+    with swarm(pc, pi):
+        pc.node.wait_for_models()
+        code = pc.code("--operator", "--name", "anna")
+        assert laptop.ctl("enroll", "--operator", code, "--address", pc.address).code == 0
+        annas = laptop.data / "mycoswarm" / "operator"
+
+        def asked() -> tuple[str, str]:
+            """Post a task whose edit waits for a person; return its id and the question's."""
+            engine.play(("fs_read", {"path": "notes.txt"}), edit, ("finish", {"summary": "done"}))
+            given = ("--agent", "asker", "-m", "agent", "-w", str(work), "Edit it")
+            submitted = laptop.ctl("--node", "pc", "submit", *given)
+            assert submitted.code == 0, submitted.err
+            task_id = submitted.out.strip()
+            pc.node.wait_task(task_id, "waiting")
+            shown = laptop.ctl("--node", "pc", "approvals", "--json").json["approvals"]
+            (question,) = [one for one in shown if one["task_id"] == task_id]
+            assert question["facts"]["tool"] == "fs_edit"
+            return task_id, str(question["id"])
+
+        task_id, question = asked()
+        # A machine of the swarm is no person, whoever it says it is; and the signer's own key is nobody's.
+        pis = pi.state / "identity"
+        assert answered_as(pis, pc, question, approve=True) == (403, "role-needed")
+        assert answered_as(pis, pc, task_id, approve=True) == (403, "role-needed")
+        assert answered_as(pc.state / "identity", pc, question, approve=True) == (401, "own-call")
+        assert pc.node.task(task_id)["state"] == "waiting"
+        said = laptop.ctl("--node", "pc", "approve", question)
+        assert (said.code, said.out.strip()) == (0, f"{question}: approved"), said.err
+        done = pc.node.wait_task(task_id, "succeeded", "failed", "parked")
+        assert (done["state"], bool(done["changes"])) == ("succeeded", True), pc.node.events(task_id)
+        assert laptop.ctl("--node", "pc", "approve", question, "--json").json["error"]["code"] == (
+            "already-decided"
+        )
+
+        task_id, question = asked()
+        denied = laptop.ctl("--node", "pc", "approve", task_id, "--deny", "--json")
+        assert denied.json["approval"]["state"] == "denied"
+        done = pc.node.wait_task(task_id, "succeeded", "failed", "parked")
+        assert (done["state"], done["changes"]) == ("succeeded", None), pc.node.events(task_id)
+
+        # The control: the same bytes on the same way, with a person's key, are an answer.
+        task_id, question = asked()
+        assert answered_as(annas, pc, question, approve=True) == (200, "")
+        assert pc.node.wait_task(task_id, "succeeded", "failed", "parked")["changes"]
+
+        rows = pc.node.call("GET", "/api/receipts?last=200").json["receipts"]
+        answers = [row["body"] for row in rows if row["kind"] == "approval"]
+        assert [one["decision"] for one in answers] == ["approved", "denied", "approved"]
+        assert {one["by"] for one in answers} == {"operator:anna"}
+
+        task_id, question = asked()
+        pc.ok("revoke", "anna", "--yes", "--reason", "laptop lost")
+        with pytest.raises(OSError):  # noqa: PT011 - an alert or an end, as TLS has it
+            answered_as(annas, pc, question, approve=True)
+        answers = [row["body"] for row in pc.node.call("GET", "/api/receipts?last=200").json["receipts"]]
+        assert not [body for body in answers if body.get("approval") == question]
 
 
 def test_an_operator_believes_no_revoked_node(tmp_path: Path) -> None:
