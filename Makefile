@@ -11,7 +11,7 @@ RUN_PACKAGES := bubblewrap libgomp1 libstdc++6 python3 python3-venv
 TEST_PACKAGES := $(RUN_PACKAGES) git procps strace iproute2 util-linux gcc libc6-dev pandoc man-db tshark nmap
 PARALLEL ?= 2
 
-.PHONY: help demo test lint bench man clean
+.PHONY: help demo test lint bench man deb clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ man:  ## build the manual pages into build/man
 	@packaging/install-packages pandoc
 	@mkdir -p build/man
 	@for page in docs/man/*.md; do pandoc -s -t man "$$page" -o "build/man/$$(basename "$$page" .md)"; done
+
+deb:  ## build the Debian package into build/deb
+	@packaging/build-deb build/deb
 
 $(RUNTIME_STAMP): pyproject.toml packaging/install-packages
 	@packaging/install-packages $(RUN_PACKAGES)
