@@ -35,6 +35,9 @@ _EVERYWHERE = frozenset({"::", "0.0.0.0"})  # noqa: S104 - the filter of the dia
 _HOST_CHARS = 64
 # An interface; the kernel allows 15 bytes.
 _SCOPE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,14}\Z")
+# As engines/address.py takes it, on the one loopback address that the filter of the dialer's unit has.
+_ENGINE_URL = re.compile(r"http://127\.0\.0\.1:([0-9]{1,5})(?:/|/v1/?)?\Z")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%A-Za-z_-]{2,64})\]|([0-9.]{7,15})):([0-9]{1,5})\Z")
 _LAN = tuple(
     ipaddress.ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7", "fe80::/10")
@@ -189,6 +192,33 @@ def objection(request: DialRequest, rules: Rules) -> str | None:
             return _listen_objection(request, rules)
         case Prove():
             return None
+
+
+def parse_rules(untrusted: Mapping[str, object]) -> Rules:
+    """Find in the node's settings where engines are and where it listens.
+
+    What cannot be understood adds nothing; the node itself tells the operator what is wrong with it.
+    """
+    engines = untrusted.get("engines")
+    ports = set()
+    for entry in engines.values() if isinstance(engines, dict) else ():
+        url = entry.get("url") if isinstance(entry, dict) else None
+        found = _ENGINE_URL.match(url) if isinstance(url, str) else None
+        if found is not None:
+            ports.add(int(found[1]))
+    found_listen = {_address(untrusted.get(key)) for key in ("listen", "swarm_listen")}
+    return Rules(
+        engine_ports=frozenset(ports), listen=frozenset(one for one in found_listen if one is not None)
+    )
+
+
+def _address(untrusted: object) -> tuple[str, int] | None:
+    """Return HOST:PORT or [HOST]:PORT as its parts, where one may listen at such an address."""
+    found = _ADDRESS.match(untrusted) if isinstance(untrusted, str) else None
+    host = clean_host(found[1] or found[2]) if found is not None else None
+    if found is None or host is None or not (host == LOOPBACK or host in _EVERYWHERE or is_lan(host)):
+        return None
+    return host, int(found[3])
 
 
 def _connect_objection(request: Connect, rules: Rules) -> str | None:
