@@ -348,15 +348,16 @@ def answered_as(directory: Path, node: Machine, approval: str, *, approve: bool)
     other = IdentityFile(node.state / "identity").load()
     assert own is not None and other is not None
     context = Tls(own.seed, own.cert_der).client_context(other.cert_der)
-    connection = http.client.HTTPSConnection("127.0.0.1", node.port, timeout=10, context=context)
-    name = server_name(other.node_id)
-    with socket.create_connection(("127.0.0.1", node.port), 10) as plain:
-        connection.sock = context.wrap_socket(plain, server_hostname=name)
+    connection, name = http.client.HTTPConnection("unused"), server_name(other.node_id)
+    with (
+        socket.create_connection(("127.0.0.1", node.port), 10) as plain,
+        context.wrap_socket(plain, server_hostname=name) as tls,
+    ):
+        connection.sock = tls
         headers = {"Host": name, "Content-Type": "application/json"}
         connection.request("POST", f"/api/approvals/{approval}", json.dumps({"approve": approve}), headers)
-        response = connection.getresponse()
-        said = json.loads(response.read())
-        connection.close()
+        with connection.getresponse() as response:
+            said = json.loads(response.read())
     return response.status, str(said.get("error", {}).get("code", ""))
 
 
