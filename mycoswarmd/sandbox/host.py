@@ -19,6 +19,11 @@ ROOT_LINKS = ("bin", "lib", "lib32", "lib64", "libx32", "sbin")
 # What programs look for in /etc and what tells nothing about the machine's people or network.
 ETC = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime")
 LANDLOCK_CREATE, LANDLOCK_VERSION = 444, 1
+# What the C library and runtimes ask of the kernel; the rest of /proc stays closed.
+KERNEL_FACTS = (
+    "/proc/cpuinfo", "/proc/filesystems", "/proc/meminfo", "/proc/stat", "/proc/sys/kernel/osrelease",
+    "/proc/sys/vm/overcommit_memory",
+)  # fmt: skip
 TRIPLETS = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
 LOADERS = {"x86_64": "/lib64/ld-linux-x86-64.so.2", "aarch64": "/lib/ld-linux-aarch64.so.1"}
 
@@ -39,6 +44,9 @@ class Host:
     package_paths: tuple[str, ...]  # what an allowed Python may import besides
     helpers: Mapping[str, str]  # resolved program -> directory of its helpers
     decoys: tuple[str, ...]  # programs that exist, for the probe that none but the allowed ones runs
+    # Where a cage has the agent's code, and what it sees of the kernel: these two depend on its maker.
+    code: str = "/run/mycoswarm"
+    kernel_facts: tuple[str, ...] = KERNEL_FACTS
 
 
 def read_host() -> Host:

@@ -20,11 +20,6 @@ WRITE = (
 )  # fmt: skip
 EXECUTE = ("read-file", "execute")
 DEVICES = ("/dev/full", "/dev/null", "/dev/random", "/dev/urandom", "/dev/zero")
-# What the C library and runtimes ask of the kernel; the rest of /proc stays closed.
-KERNEL_FACTS = (
-    "/proc/cpuinfo", "/proc/filesystems", "/proc/meminfo", "/proc/stat", "/proc/sys/kernel/osrelease",
-    "/proc/sys/vm/overcommit_memory",
-)  # fmt: skip
 
 
 def compile_rules(spec: CageSpec, host: Host) -> tuple[Rule, ...]:
@@ -57,9 +52,9 @@ def system_rules(spec: CageSpec, host: Host) -> tuple[Rule, ...]:
 
 
 def _system(spec: CageSpec, host: Host) -> Iterable[Rule]:
-    yield from ((path, READ) for path in (*host.readable, *host.python_paths, "/etc", "/run/mycoswarm"))
+    yield from ((path, READ) for path in (*host.readable, *host.python_paths, "/etc", host.code))
     yield from ((path, ("read-file", "write-file", "truncate")) for path in DEVICES)
-    yield from ((path, ("read-file",)) for path in KERNEL_FACTS)
+    yield from ((path, ("read-file",)) for path in host.kernel_facts)
     yield TEMPORARY, READ + WRITE
     if spec.programs:
         yield host.loader, EXECUTE

@@ -1,5 +1,6 @@
 """One running cage: frames in and out, its proof, its end. Implements flow.ports.CageSession."""
 
+import abc
 import asyncio
 import os
 import socket
@@ -22,41 +23,21 @@ ERRORS_BYTES = 1 << 20
 READ_BYTES = 1 << 18
 
 
-class BubblewrapSession:
-    """One running cage. `prove` must succeed before anything else is sent."""
+class Session(abc.ABC):
+    """What every running cage has: frames, a proof and a wall time; how it is killed is its maker's affair.
 
-    def __init__(
-        self, child: Child, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], errors_fd: int
-    ) -> None:
-        self._child = child
+    `prove` must succeed before anything else is sent.
+    """
+
+    def __init__(self, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], *, wall_s: float) -> None:
         self._reader, self._writer = streams
         self._buffer = bytearray()
-        self._errors_fd: int | None = errors_fd
-        self._errors = b""
-        self._errors_bytes = 0
         self._proof: Proof | None = None
         self._is_expired = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = asyncio.get_running_loop().call_later(wall_s, self._expire)
         self._closing = asyncio.Lock()
         self._is_closed = False
         self._on_gone: Callable[[], object] = lambda: None
-
-    @classmethod
-    async def start(
-        cls, child: Child, near: socket.socket, *, errors_fd: int, wall_s: float
-    ) -> "BubblewrapSession":
-        """Take over a started child and its descriptors; from now on `close` ends them all."""
-        try:
-            streams = await asyncio.open_connection(sock=near)
-        except BaseException:
-            await child.kill()
-            os.close(errors_fd)
-            raise
-        session = cls(child, streams, errors_fd)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(errors_fd, session._read_errors)
-        session._timer = loop.call_later(wall_s, session._expire)
-        return session
 
     def on_gone(self, tell: Callable[[], object]) -> None:
         """Have `tell` called once, when all processes of the cage are gone."""
@@ -68,18 +49,13 @@ class BubblewrapSession:
         assert self._proof is not None
         return self._proof
 
-    @property
-    def pid(self) -> int:
-        """The process to look for in a list: bubblewrap itself."""
-        return self._child.pid
-
     async def prove(self, confine: Frame) -> None:
         """Have the cage confine itself and prove it, or close it and raise CageError."""
         try:
             async with asyncio.timeout(PROOF_S):
                 await self.send(confine)
                 answer = await self.receive()
-            self._proof = check_proof(answer, confine)
+                self._proof = await self._check(answer, confine)
         except TimeoutError as exc:
             await self.close()
             raise CageError("cage-unproved", f"cannot use the cage: no proof within {PROOF_S:.0f} s") from exc
@@ -87,8 +63,8 @@ class BubblewrapSession:
             await self.close()
             if exc.code != "cage-gone":
                 raise
-            # No task was sent yet, so what is on stderr cannot hold any of it.
-            words = self._errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            # No task was sent yet, so its last words cannot hold any of it.
+            words = self._last_words()
             raise CageError("cage-setup", f"{exc.message}: {words}" if words else exc.message) from exc
         except BaseException:
             await self.close()
@@ -116,7 +92,7 @@ class BubblewrapSession:
         except OSError as exc:
             raise await self._gone() from exc
         except BadRequest as exc:
-            self._child.send_kill()
+            self._send_kill()
             raise CageError("cage-garbage", f"cannot understand the agent: {exc.message}") from exc
         return frame
 
@@ -127,12 +103,36 @@ class BubblewrapSession:
                 return
             self._is_closed = True
             try:
-                await self._child.kill()
+                await self._kill()
             finally:
                 self._release()
                 with suppress(OSError):
                     await self._writer.wait_closed()
                 self._on_gone()
+
+    async def _check(self, answer: Frame, confine: Frame) -> Proof:
+        """Return what the answer to CONFINE proves, or raise CageError."""
+        return check_proof(answer, confine)
+
+    @abc.abstractmethod
+    def _send_kill(self) -> None:
+        """Have all processes of the cage killed, without waiting."""
+
+    @abc.abstractmethod
+    async def _kill(self) -> None:
+        """Kill all processes of the cage and wait until they are gone."""
+
+    @abc.abstractmethod
+    async def _describe_end(self) -> str:
+        """See to it that the cage ends, and say how it did, as in "exited with 1"."""
+
+    def _last_words(self) -> str:
+        """Return what the cage said beside its frames before it was given a task."""
+        return ""
+
+    def _release(self) -> None:
+        self._timer.cancel()
+        self._writer.transport.abort()
 
     def _take_frame(self) -> Frame | None:
         if len(self._buffer) < HEADER.size:
@@ -147,25 +147,74 @@ class BubblewrapSession:
         return frame
 
     async def _gone(self) -> CageError:
-        try:
-            async with asyncio.timeout(LAST_WORDS_S):
-                code = await self._child.wait()
-        except TimeoutError:
-            self._child.send_kill()
-            code = await self._child.wait()
+        how = await self._describe_end()
         if self._is_expired:
             return CageError(
                 "cage-timeout",
                 "cannot go on: the task used up its wall time",
                 hint="raise the agent's limit `wall`",
             )
-        # bubblewrap reports a signal of its child as 128 + number, as a shell does.
-        end = describe_end(128 - code if code > 128 else code)
-        return CageError("cage-gone", f"cannot reach the agent: its cage {end}")
+        return CageError("cage-gone", f"cannot reach the agent: its cage {how}")
 
     def _expire(self) -> None:
         self._is_expired = True
+        self._send_kill()
+
+
+class BubblewrapSession(Session):
+    """One running cage that bubblewrap built."""
+
+    def __init__(
+        self,
+        child: Child,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        *,
+        errors_fd: int,
+        wall_s: float,
+    ) -> None:
+        super().__init__(streams, wall_s=wall_s)
+        self._child = child
+        self._errors_fd: int | None = errors_fd
+        self._errors = b""
+        self._errors_bytes = 0
+        asyncio.get_running_loop().add_reader(errors_fd, self._read_errors)
+
+    @classmethod
+    async def start(
+        cls, child: Child, near: socket.socket, *, errors_fd: int, wall_s: float
+    ) -> "BubblewrapSession":
+        """Take over a started child and its descriptors; from now on `close` ends them all."""
+        try:
+            streams = await asyncio.open_connection(sock=near)
+        except BaseException:
+            await child.kill()
+            os.close(errors_fd)
+            raise
+        return cls(child, streams, errors_fd=errors_fd, wall_s=wall_s)
+
+    @property
+    def pid(self) -> int:
+        """The process to look for in a list: bubblewrap itself."""
+        return self._child.pid
+
+    def _send_kill(self) -> None:
         self._child.send_kill()
+
+    async def _kill(self) -> None:
+        await self._child.kill()
+
+    async def _describe_end(self) -> str:
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                code = await self._child.wait()
+        except TimeoutError:
+            self._child.send_kill()
+            code = await self._child.wait()
+        # bubblewrap reports a signal of its child as 128 + number, as a shell does.
+        return describe_end(128 - code if code > 128 else code)
+
+    def _last_words(self) -> str:
+        return self._errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
 
     def _read_errors(self) -> None:
         assert self._errors_fd is not None
@@ -188,13 +237,14 @@ class BubblewrapSession:
         if self._errors_fd is not None:
             self._read_errors()
         self._close_errors()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._writer.transport.abort()
+        super()._release()
 
 
 def check_proof(answer: Frame, confine: Frame) -> Proof:
-    """Return the proof if it holds: every demanded probe held, none broken, and nothing else was said."""
+    """Return the proof if it holds: every demanded probe held, none broken, and nothing else was said.
+
+    What was only wanted and did not hold is absent; then the level is REDUCED whatever was hoped for.
+    """
     error = answer.body.get("error")
     if answer.type is not FrameType.PROOF or error is not None:
         raise CageError("cage-unproved", f"cannot use the cage: {error or 'it did not prove itself'}")
@@ -208,12 +258,11 @@ def check_proof(answer: Frame, confine: Frame) -> Proof:
             f"cannot use the cage: it does not hold ({found[:1000]})",
             hint="`mycoswarmctl doctor` says what this machine can enforce",
         )
-    return Proof(
-        held=tuple(held),
-        broken=(),
-        absent=tuple(_names(confine, "absent")),
-        level=SandboxLevel(str(confine.body["level"])),
-    )
+    wanted = _names(confine, "wanted") if "wanted" in confine.body else []
+    absent = (*_names(confine, "absent"), *(name for name in wanted if name not in set(held)))
+    hoped = SandboxLevel(str(confine.body["level"]))
+    level = SandboxLevel.REDUCED if absent and hoped is SandboxLevel.FULL else hoped
+    return Proof(held=tuple(held), broken=(), absent=absent, level=level)
 
 
 def _names(frame: Frame, key: str) -> list[str]:
