@@ -95,7 +95,7 @@ class Machine:
         self._image = image
         self._home = lab.home / name
         self._netns = f"{lab.prefix}-{name}"
-        self._group = lab.cgroup2 / lab.prefix / name
+        self._boots = 0
         self._leader = 0
         self._calls = [*(_KERNEL_FILTER if can_bpf else ()), *(_LANDLOCK if can_landlock else ())]
 
@@ -121,7 +121,8 @@ class Machine:
     def plug_in(self) -> None:
         """Start to boot; `wait_booted` waits."""
         assert not _is_populated(self._group), "is on already"
-        groups = [root / self._lab.prefix / self.name for root in self._lab.cgroup_roots]
+        self._boots += 1  # a cgroup that was killed once kills again (cgroup.kill counts): each boot has its own
+        groups = [root / self._lab.prefix / self._slot for root in self._lab.cgroup_roots]
         for group in groups:
             group.mkdir(parents=True, exist_ok=True)
         home = self._home
@@ -156,6 +157,14 @@ class Machine:
             start_new_session=True,
         )
         assert done.returncode == 0, done.stderr
+
+    @property
+    def _slot(self) -> str:
+        return f"{self.name}.{self._boots}"
+
+    @property
+    def _group(self) -> Path:
+        return self._lab.cgroup2 / self._lab.prefix / self._slot
 
     def wait_booted(self) -> str:
         """Wait until systemd has started everything; return `running` or `degraded`."""
