@@ -54,6 +54,11 @@ _MIN_KEY_PREFIX = 8
 # As many keys are removed at once; one node can have more only by the doing of a stolen signer.
 _MAX_REMOVALS = 64
 _HASH_CHARS = 64
+# Who begins with an empty database has started less often than the others remember, so it needs a new key.
+_DAMAGED_HINT = (
+    "restore a backup; or move the database and its -wal file away, start, and do mycoswarmctl leave, then"
+    " enroll again"
+)
 
 
 class Swarm:
@@ -97,7 +102,7 @@ class Swarm:
         self.reached: Callable[[], Mapping[str, Sequence[str]]] = dict
 
     async def start(self, *, boots: int = 1) -> None:
-        """Read what is on disk; raise ConfigError when key and roster do not fit together.
+        """Read what is on disk; StoreError for a damaged roster, ConfigError for one without a key.
 
         `boots` is what this start counts for: more than one after a restore, so that nobody takes this node
         for a copy of itself.
@@ -107,8 +112,15 @@ class Swarm:
         statements, beacons = await self._store.load()
         if not statements:
             return
-        self._set = await asyncio.to_thread(self._read_set, statements)
-        self._beacons = {row.signer: row for row in beacons}
+        try:
+            self._set = await asyncio.to_thread(self._read_set, statements)
+        except (BadRequest, Unavailable) as exc:
+            raise StoreError(
+                "roster-damaged",
+                f"cannot use the roster in the database: it is damaged ({exc.message})",
+                hint=_DAMAGED_HINT,
+            ) from exc
+        self._beacons = {row.signer: row for row in beacons if self._is_whole(row)}
         self.version += 1
         if self.identity is None:
             raise ConfigError(
@@ -118,6 +130,15 @@ class Swarm:
             )
         if self.member(self.identity.node_id) is None:
             await self._adopt_prepared_key()
+
+    def _is_whole(self, row: BeaconRow) -> bool:
+        """Tell whether a beacon from the disk is what was written; the others would refuse any other."""
+        try:
+            beacon = parse_beacon(row.beacon, verify=self._verify)
+        except BadRequest as exc:
+            log.warning("a damaged beacon in the database is left out: %s", exc.message)
+            return False
+        return (beacon.signer, beacon.n) == (row.signer, row.n)
 
     def _read_set(self, statements: Sequence[object]) -> StatementSet:
         parsed = [self._parse(one) for one in statements]

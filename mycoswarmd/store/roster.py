@@ -31,17 +31,20 @@ class SqliteRosterStore:
     # --- statements ------------------------------------------------------------------------------
 
     async def load(self) -> tuple[Sequence[Mapping[str, object]], Sequence[BeaconRow]]:
-        """Return all statements in wire form, genesis first, and the newest beacon of each signer."""
+        """Return all statements in wire form, genesis first, and the newest beacon of each signer.
+
+        A damaged row is an empty object.
+        """
 
         def select(
             connection: sqlite3.Connection,
         ) -> tuple[Sequence[Mapping[str, object]], Sequence[BeaconRow]]:
             statements = [
-                json.loads(row["statement"])
+                _decode(row["statement"])
                 for row in connection.execute("SELECT statement FROM roster ORDER BY seq")
             ]
             beacons = [
-                BeaconRow(signer=row["signer"], n=row["n"], beacon=json.loads(row["beacon"]))
+                BeaconRow(signer=row["signer"], n=row["n"], beacon=_decode(row["beacon"]))
                 for row in connection.execute("SELECT signer, n, beacon FROM beacons ORDER BY signer")
             ]
             return statements, beacons
@@ -242,6 +245,15 @@ def _forget_old_invites(connection: sqlite3.Connection, boot_id: str) -> None:
         " LIMIT max(0, (SELECT count(*) FROM invites) - ?))",
         (MAX_INVITES - 1,),
     )
+
+
+def _decode(text: str) -> Mapping[str, object]:
+    """Return what was written; an empty object, which nobody accepts, for what is damaged."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _encode(value: Mapping[str, object]) -> str:

@@ -2,10 +2,11 @@
 
 import base64
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,43 @@ def test_a_killed_node_is_marked_and_comes_back_by_itself(pair: tuple[Member, Me
     workstation.node.start()
     until(lambda: pi.reaches("ws"))
     until(lambda: ask(pi, "ok")[0] == 200)
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["as-the-hint-says", "with-the-old-key"])
+def test_a_node_with_a_damaged_roster_says_so_and_comes_back(
+    pair: tuple[Member, Member], leaves: bool
+) -> None:
+    workstation, pi = pair
+    pi.node.stop()
+    db = pi.state / "mycoswarm.db"
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM roster WHERE seq = (SELECT min(seq) FROM roster)")
+    before = len(pi.node.log())
+    pi.node.start(wait=False)
+    assert pi.node.wait_exit() == 1
+    said = pi.node.log()[before:]
+    assert "roster-damaged" in said and "restore a backup; or move the database" in said, said
+    assert "Traceback" not in said
+
+    kept = pi.state / "kept"
+    kept.mkdir()
+    for one in pi.state.glob("mycoswarm.db*"):
+        one.rename(kept / one.name)
+    pi.node.start()
+    old = pi.id
+    if leaves:
+        pi.post("/api/swarm/leave")
+    pi.join(workstation)
+    assert (pi.id != old) is leaves
+
+    def row() -> dict:  # type: ignore[type-arg]
+        return next((one for one in workstation.swarm()["nodes"] if one["id"] == pi.id), {})
+
+    if leaves:
+        until(lambda: pi.reaches("ws") and row().get("state") == "ready")
+        assert row()["alarm"] == ""
+    else:  # the control: it counts its starts anew, so the old key looks like a copy
+        until(lambda: row().get("alarm"))
 
 
 def test_a_ping_tries_now(pair: tuple[Member, Member]) -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import base64
+import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -636,6 +637,65 @@ async def test_a_change_of_key_that_ends_half_way_is_finished_by_a_restart(tmp_p
         assert one.swarm.self_id == changed["id"]
         assert one.swarm.is_member()
         assert one.swarm.is_signer()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM roster WHERE seq = (SELECT min(seq) FROM roster)",
+        "UPDATE roster SET statement = substr(statement, 1, 40) WHERE seq = (SELECT max(seq) FROM roster)",
+        "UPDATE roster SET statement = '[]' WHERE seq = (SELECT max(seq) FROM roster)",
+        "UPDATE roster SET statement = replace(statement, 'sigs\":[[\"', 'sigs\":[[\"00') WHERE seq = 2",
+        # A signer is gone, and with it what vouches for whom it admitted.
+        "DELETE FROM roster WHERE seq = 4",
+    ],
+    ids=["no-genesis", "cut-off", "no-object", "forged", "unvouched"],
+)
+async def test_a_damaged_roster_says_what_it_is_and_what_to_do(tmp_path: Path, damage: str) -> None:
+    pi, pi_signer = key("pi"), key("pi's signer")
+    async with machine(tmp_path / "a") as one:
+        await one.begin()
+        await one.admit(pi, "pi")
+        await one.add_signer(pi_signer, "pi")
+        den = one.maker.wire(
+            Kind.ADMIT, pi_signer, by=pi_signer.hex, cert=cert(key("den")), name="den", role="node"
+        )
+        assert await one.swarm.merge([den]) == 1
+        assert one.names() == ["alpha", "den", "pi"]
+    db = tmp_path / "a" / "state" / "mycoswarm.db"
+    whole = db.read_bytes()
+    with closing(sqlite3.connect(db, isolation_level=None)) as connection:
+        assert connection.execute(damage).rowcount == 1
+    with pytest.raises(StoreError, match="cannot use the roster in the database") as caught:
+        async with machine(tmp_path / "a"):
+            pass
+    assert caught.value.code == "roster-damaged"
+    assert "restore a backup" in caught.value.hint and "leave" in caught.value.hint
+    for left in db.parent.glob("mycoswarm.db-*"):
+        left.unlink()
+    db.write_bytes(whole)  # the control: it was the damage
+    async with machine(tmp_path / "a") as one:
+        assert one.names() == ["alpha", "den", "pi"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["'{'", "replace(beacon, 'n\":', 'n\":9')"], ids=["cut-off", "another-count"]
+)
+async def test_a_damaged_beacon_is_left_out_and_told_to_nobody(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with machine(tmp_path / "a") as one:
+        await one.begin()
+        (beacon,) = one.swarm.beacons()
+    with closing(
+        sqlite3.connect(tmp_path / "a" / "state" / "mycoswarm.db", isolation_level=None)
+    ) as connection:
+        connection.execute(f"UPDATE beacons SET beacon = {damage}")
+    async with machine(tmp_path / "a") as one:
+        assert one.swarm.beacons() == []
+        assert "damaged beacon" in caplog.text
+        await one.swarm.merge_beacons([beacon])  # another node has it still
+        assert one.swarm.beacons() == [beacon]
 
 
 async def test_leaving_that_ends_half_way_can_be_done_again(tmp_path: Path) -> None:
