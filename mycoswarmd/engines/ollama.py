@@ -16,7 +16,7 @@ from mycoswarmd.engines.checks import find_model
 from mycoswarmd.engines.openai_http import REFRESH_S, OpenAIEngine
 from mycoswarmd.engines.upstream import Patience
 from mycoswarmd.errors import EngineError, MycoswarmError
-from mycoswarmd.flow.ports import ModelInfo
+from mycoswarmd.flow.ports import Dial, ModelInfo
 from mycoswarmd.wire.ollama import Shown, Tagged, encode_show, parse_ps, parse_show, parse_tags
 from mycoswarmd.wire.prompt import Prompt, PromptKind
 from mycoswarmd.wire.upstream import parse_error
@@ -49,8 +49,11 @@ class OllamaEngine(OpenAIEngine):
         concurrency: int = 4,
         patience: Patience | None = None,
         refresh_s: float = REFRESH_S,
+        dial: Dial | None = None,
     ) -> None:
-        super().__init__(name, url, concurrency=concurrency, patience=patience, refresh_s=refresh_s)
+        super().__init__(
+            name, url, concurrency=concurrency, patience=patience, refresh_s=refresh_s, dial=dial
+        )
         self._destinations = destinations
         self._known: dict[tuple[str, str], _Known] = {}  # by name and digest
 

@@ -17,7 +17,7 @@ from mycoswarmd.engines.checks import check_permit, find_model
 from mycoswarmd.engines.slots import Slots
 from mycoswarmd.engines.upstream import Patience, Upstream
 from mycoswarmd.errors import ConfigError, MycoswarmError
-from mycoswarmd.flow.ports import EngineHealth, ModelInfo
+from mycoswarmd.flow.ports import Dial, EngineHealth, ModelInfo
 from mycoswarmd.wire.ollama import is_version
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, PromptKind
 from mycoswarmd.wire.upstream import Props, parse_error, parse_models, parse_props
@@ -41,9 +41,10 @@ class OpenAIEngine:
         concurrency: int = 4,
         patience: Patience | None = None,
         refresh_s: float = REFRESH_S,
+        dial: Dial | None = None,
     ) -> None:
         self._name = name
-        self._upstream = Upstream(name, parse_address(url, engine=name), patience=patience)
+        self._upstream = Upstream(name, parse_address(url, engine=name), patience=patience, dial=dial)
         self._slots = Slots(name, limit=concurrency)
         self._native_tools = native_tools
         self._refresh_s = refresh_s

@@ -22,15 +22,14 @@ from dataclasses import dataclass
 from functools import reduce
 from ssl import SSLContext
 from types import SimpleNamespace
-from typing import Any
 from weakref import WeakSet
 
 import aiohttp
-from aiohttp.abc import AbstractResolver
 from aiohttp.connector import Connection
 from aiohttp.tracing import Trace
 
 from mycoswarmd.core.roster import Member
+from mycoswarmd.engines.dialled import DialledConnector, dial_directly
 from mycoswarmd.engines.upstream import BROKEN, as_payload
 from mycoswarmd.errors import (
     BadRequest,
@@ -42,6 +41,7 @@ from mycoswarmd.errors import (
     Unauthenticated,
     Unavailable,
 )
+from mycoswarmd.flow.ports import Dial
 from mycoswarmd.flow.swarmports import AddressBook, PeerAddress
 from mycoswarmd.wire.jsonv import parse_object
 from mycoswarmd.wire.peer import MAX_WORD_BYTES, SILENT_S, Word, parse_word
@@ -92,41 +92,15 @@ _RECEIPT = re.compile(r"[0-9]{1,19}-[0-9a-f]{8}\Z")
 _REFUSED = re.compile(r"ALERT_(?:UNKNOWN_CA|ACCESS_DENIED|DECRYPT_ERROR|[A-Z_]*CERTIFICATE[A-Z_]*)")
 
 
-class _OneAddress(AbstractResolver):
-    """Answers every question with the one address that is to be tried."""
-
-    def __init__(self, address: PeerAddress) -> None:
-        self._address = address
-
-    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[Any]:
-        """Return the address, whatever was asked."""
-        del port, family
-        return [
-            {
-                "hostname": host,
-                "host": self._address.host,  # with its %scope, which asyncio resolves
-                "port": self._address.port,
-                "family": socket.AF_INET6 if ":" in self._address.host else socket.AF_INET,
-                "proto": 0,
-                "flags": socket.AI_NUMERICHOST,
-            }
-        ]
-
-    async def close(self) -> None:
-        """Hold nothing."""
-
-
-class _Connector(aiohttp.TCPConnector):
+class _Connector(DialledConnector):
     """Knows its connections, so that all can be cut at once.
 
     Attributes:
         cert_der: what the other side presented on the newest connection.
     """
 
-    def __init__(self, address: PeerAddress, *, is_single: bool) -> None:
-        super().__init__(
-            resolver=_OneAddress(address), use_dns_cache=False, limit=128, keepalive_timeout=_KEEPALIVE_S
-        )
+    def __init__(self, address: PeerAddress, dial: Dial, *, is_single: bool) -> None:
+        super().__init__(dial, address.host, address.port, limit=128, keepalive_timeout=_KEEPALIVE_S)
         self._is_single = is_single
         self._cuts = 0
         self._transports: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
@@ -198,13 +172,19 @@ class _Line:
     """The way to one address. `aclose` it."""
 
     def __init__(
-        self, address: PeerAddress, server_name: str, context: SSLContext, *, is_single: bool = False
+        self,
+        address: PeerAddress,
+        server_name: str,
+        context: SSLContext,
+        dial: Dial,
+        *,
+        is_single: bool = False,
     ) -> None:
         self.address = address
         self._base_url = f"https://{server_name}:{address.port}"
         self._context = context
         self._responses: WeakSet[aiohttp.ClientResponse] = WeakSet()
-        self.connector = _Connector(address, is_single=is_single)
+        self.connector = _Connector(address, dial, is_single=is_single)
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
         self._session = aiohttp.ClientSession(
@@ -351,6 +331,7 @@ class MemberClient:
         addresses: AddressBook,
         context: SSLContext,
         knock_context: Callable[[], SSLContext],
+        dial: Dial,
     ) -> None:
         self._id = member.id
         self._cert_der = member.cert_der
@@ -358,6 +339,7 @@ class MemberClient:
         self._name = f"node {member.name!r}"
         self._addresses = addresses
         self._context = context
+        self._dial = dial
         self._lines: dict[PeerAddress, _Line] = {}  # the longest unused first
         self._best: PeerAddress | None = None
         self._is_closed = False
@@ -473,7 +455,8 @@ class MemberClient:
 
         A server that refuses a certificate just ends the connection: asyncio does not send the alert.
         """
-        line = _Line(address, SERVER_NAME.format(self._id), self._knock_context(), is_single=True)
+        name = SERVER_NAME.format(self._id)
+        line = _Line(address, name, self._knock_context(), self._dial, is_single=True)
         try:
             async with asyncio.timeout(_KNOCK_S):
                 response = await line.send("GET", "/swarm/word", None, {})
@@ -510,7 +493,9 @@ class MemberClient:
     def _line(self, address: PeerAddress) -> _Line:
         if self._is_closed:
             raise aiohttp.ClientConnectionError("the client is closed")
-        line = self._lines.pop(address, None) or _Line(address, SERVER_NAME.format(self._id), self._context)
+        line = self._lines.pop(address, None)
+        if line is None:
+            line = _Line(address, SERVER_NAME.format(self._id), self._context, self._dial)
         self._lines[address] = line
         return line
 
@@ -518,8 +503,8 @@ class MemberClient:
 class Stranger:
     """One connection to whoever is there; nothing is ever sent over a second one."""
 
-    def __init__(self, address: PeerAddress, context: SSLContext) -> None:
-        self._line = _Line(address, _STRANGER, context, is_single=True)
+    def __init__(self, address: PeerAddress, context: SSLContext, dial: Dial) -> None:
+        self._line = _Line(address, _STRANGER, context, dial, is_single=True)
         self._name = str(address)
 
     @property
@@ -546,22 +531,24 @@ class Stranger:
 
 
 class PeerHttp:
-    """Makes clients of members and of strangers."""
+    """Makes clients of members and of strangers; without a dialer, this process connects by itself."""
 
     def __init__(
         self,
         *,
         client_context: Callable[[bytes], SSLContext],
         knock_context: Callable[[], SSLContext],
+        dial: Dial | None = None,
     ) -> None:
         self._client_context = client_context
         self._knock_context = knock_context
+        self._dial = dial or dial_directly
 
     @asynccontextmanager
     async def member(self, member: Member, addresses: AddressBook) -> AsyncIterator[MemberClient]:
         """Hold a client of one member; it dials the addresses that the book has at that moment."""
         context = self._client_context(member.cert_der)
-        client = MemberClient(member, addresses, context, self._knock_context)
+        client = MemberClient(member, addresses, context, self._knock_context, self._dial)
         try:
             yield client
         finally:
@@ -570,7 +557,7 @@ class PeerHttp:
     @asynccontextmanager
     async def stranger(self, address: PeerAddress) -> AsyncIterator[Stranger]:
         """Hold one connection to whoever listens there; presents nothing and believes nothing."""
-        client = Stranger(address, self._knock_context())
+        client = Stranger(address, self._knock_context(), self._dial)
         try:
             yield client
         finally:

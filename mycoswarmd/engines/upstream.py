@@ -14,12 +14,15 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 
 from mycoswarmd.engines.address import Address
+from mycoswarmd.engines.dialled import DialledConnector
 from mycoswarmd.errors import BadRequest, EngineError, MycoswarmError, Unavailable
+from mycoswarmd.flow.ports import Dial
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Finish, Prompt
 from mycoswarmd.wire.sse import SseParser
 from mycoswarmd.wire.tools import TranslateCalls, compile_tools, deltas_of
@@ -246,23 +249,19 @@ class Exchange(ABC):
 class Upstream(Exchange):
     """A client of one engine's server on this machine; works only inside `async with upstream.opened()`."""
 
-    def __init__(self, engine: str, address: Address, *, patience: Patience | None = None) -> None:
+    def __init__(
+        self, engine: str, address: Address, *, patience: Patience | None = None, dial: Dial | None = None
+    ) -> None:
         super().__init__(engine, patience=patience)
         self._address = address
+        self._dial = dial
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Hold the connections; they are closed at the end, which stops the engine's work."""
-        connector: aiohttp.BaseConnector
-        if self._address.socket_path is not None:
-            connector = aiohttp.UnixConnector(
-                self._address.socket_path, limit=0, keepalive_timeout=_KEEPALIVE_S
-            )
-        else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
         session = aiohttp.ClientSession(
-            connector=connector,
+            connector=self._connector(),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             auto_decompress=False,
@@ -276,12 +275,22 @@ class Upstream(Exchange):
             finally:
                 self._session = None
 
+    def _connector(self) -> aiohttp.BaseConnector:
+        if self._address.socket_path is not None:
+            return aiohttp.UnixConnector(self._address.socket_path, limit=0, keepalive_timeout=_KEEPALIVE_S)
+        if self._dial is None:
+            return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+        url = urlsplit(self._address.base_url)
+        return DialledConnector(
+            self._dial, url.hostname or "", url.port or 80, limit=0, keepalive_timeout=_KEEPALIVE_S
+        )
+
     async def _send(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
         """Send a request and return what its answer begins with."""
         try:
             return await self._send_once(path, body)
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
-            raise self._down("nothing answers at its address") from exc
+            raise self._down(_why(exc)) from exc
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             # llama.cpp's server closes a connection after a stream without saying so beforehand; a prompt
             # that met such an end was not read. Nothing came back yet, so asking again repeats nothing.
@@ -291,7 +300,7 @@ class Upstream(Exchange):
         try:
             return await self._send_once(path, body)
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
-            raise self._down("nothing answers at its address any more") from exc
+            raise self._down(f"{_why(exc)} any more") from exc
         except BROKEN as exc:
             raise self._failed("it closed the connection") from exc
 
@@ -313,3 +322,10 @@ class Upstream(Exchange):
             hint="is it started? mycoswarmctl status shows each engine",
             retry_after_s=5,
         )
+
+
+def _why(exc: Exception) -> str:
+    """Say why there is no connection."""
+    if isinstance(exc, aiohttp.ClientConnectorError) and isinstance(exc.os_error, PermissionError):
+        return "the LAN dialer takes only engines at 127.0.0.1, with ports that the settings declare"
+    return "nothing answers at its address"
