@@ -19,7 +19,7 @@ from mycoswarmd.engines.modelsdir import ModelFile, scan
 from mycoswarmd.engines.slots import Slots
 from mycoswarmd.engines.upstream import Patience
 from mycoswarmd.errors import CageError, ConfigError, EngineError, MycoswarmError, Unavailable
-from mycoswarmd.flow.ports import Clock, EngineHealth, EngineStarter, ModelInfo
+from mycoswarmd.flow.ports import Clock, EngineHealth, EngineStarter, EngineUnitStarter, ModelInfo
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, PromptKind
 
 # A dropped file appears this soon; one scan of unchanged files is a few system calls.
@@ -38,7 +38,10 @@ _NOT_INSTALLED = "the embedded engine is not installed: mycoswarmctl engine inst
 
 
 class ManagedLlama:
-    """The embedded engine. `run` is its lifetime: afterwards no child is left."""
+    """The embedded engine. `run` is its lifetime: afterwards no child is left.
+
+    With `units`, every child is a unit that PID 1 confines, and `starter` is not used.
+    """
 
     def __init__(
         self,
@@ -48,6 +51,7 @@ class ManagedLlama:
         runtime_dir: Path,
         *,
         starter: EngineStarter,
+        units: EngineUnitStarter | None = None,
         clock: Clock,
         idle_s: float = 900.0,
         context_tokens: int = 4096,
@@ -58,6 +62,7 @@ class ManagedLlama:
         self._engine_dir = engine_dir
         self._runtime_dir = runtime_dir
         self._starter = starter
+        self._units = units
         self._clock = clock
         self._idle_s = idle_s
         self._context_tokens = context_tokens
@@ -191,6 +196,7 @@ class ManagedLlama:
             engine_dir=engine,
             runtime_dir=self._runtime_dir,
             starter=self._starter,
+            units=self._units,
             context_tokens=self._context_tokens,
             parallel=PARALLEL,
             threads=os.cpu_count() or 1,

@@ -15,24 +15,19 @@ from pathlib import Path
 from mycoswarmd.engines.address import Address
 from mycoswarmd.engines.modelsdir import ModelFile
 from mycoswarmd.engines.upstream import Patience, Upstream
-from mycoswarmd.errors import ConfigError, EngineError, MycoswarmError, Unavailable
-from mycoswarmd.flow.ports import EngineProcess, EngineStarter
+from mycoswarmd.errors import CageError, ConfigError, EngineError, MycoswarmError, Unavailable
+from mycoswarmd.flow.ports import EngineProcess, EngineStarter, EngineUnitStarter
+from mycoswarmd.wire.engineunit import ENVIRONMENT, Serving, child_argv
 from mycoswarmd.wire.prompt import Message, Prompt, PromptKind
 from mycoswarmd.wire.upstream import Props, parse_props
 
 CHILD = Path(__file__).with_name("llama_child.py")
-# Debian's and Ubuntu's; inside the child's confinement there is no other, and any 3.10 or newer will do.
-PYTHON = "/usr/bin/python3"
 # A 40 GB model from a slow disk.
 LOAD_S = 900.0
 _POLL_S = 0.03
 # The kernel's limit for the path of a unix socket, less the final zero byte.
 _SOCKET_PATH_BYTES = 107
 _LOG_TAIL_BYTES = 4096
-# How long llama.cpp's threads wait for one another by spinning. The library's default is for machines that
-# do nothing else: with two other busy processes on two cores it made 4 to 28 tokens a second, this 56 to 124;
-# on an idle machine 115 and 140.
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +37,7 @@ class LlamaOptions:
     engine_dir: Path  # of one unpacked xllamacpp
     runtime_dir: Path  # for the socket and the log
     starter: EngineStarter
+    units: EngineUnitStarter | None  # where there are units, nothing is started as a child
     context_tokens: int
     parallel: int
     threads: int
@@ -62,6 +58,7 @@ class LlamaChild:
     props: Props
     users: int = 0
     exit_code: int | None = None
+    lost: CageError | None = None  # why nobody knows how it ended
     poke: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -76,14 +73,7 @@ async def running(
     """
     directory = options.runtime_dir / f"engine-{name}"
     log_path = options.runtime_dir / f"engine-{name}.log"
-    socket = _prepare(directory, log_path)
-    process = options.starter(
-        _argv(file, socket, options),
-        read_paths=[options.engine_dir, file.path, CHILD],
-        write_paths=[directory],
-        env=_ENVIRONMENT,
-        log_path=log_path,
-    )
+    process, socket = await _start(file, options, directory, log_path)
     upstream = Upstream(
         name, Address(base_url="http://engine", socket_path=str(socket)), patience=options.patience
     )
@@ -129,19 +119,38 @@ def _prepare(directory: Path, log_path: Path) -> Path:
     return socket
 
 
-def _argv(file: ModelFile, socket: Path, options: LlamaOptions) -> list[str]:
-    is_embedding = file.facts is not None and file.facts.is_embedding
-    return [
-        PYTHON, "-I", "-S", str(CHILD),
-        "--engine", str(options.engine_dir),
-        "--model", str(file.path),
-        "--name", file.name,
-        "--socket", str(socket),
-        "--context", str(context_of(file, options.context_tokens)),
-        "--parallel", str(options.parallel),
-        "--threads", str(options.threads),
-        *(["--embedding"] if is_embedding else []),
-    ]  # fmt: skip
+async def _start(
+    file: ModelFile, options: LlamaOptions, directory: Path, log_path: Path
+) -> tuple[EngineProcess, Path]:
+    """Start a process, and say where it will listen."""
+    serving = Serving(
+        context_tokens=context_of(file, options.context_tokens),
+        parallel=options.parallel,
+        threads=options.threads,
+        is_embedding=file.facts is not None and file.facts.is_embedding,
+    )
+    socket = _prepare(directory, log_path)
+    if options.units is not None:
+        unit = await options.units(
+            engine=options.engine_dir.name, model=file.path.name, serving=serving, log_path=log_path
+        )
+        return unit, unit.socket_path
+    argv = child_argv(
+        serving,
+        program=str(CHILD),
+        engine=str(options.engine_dir),
+        model=str(file.path),
+        name=file.name,
+        socket=str(socket),
+    )
+    process = options.starter(
+        argv,
+        read_paths=[options.engine_dir, file.path, CHILD],
+        write_paths=[directory],
+        env=ENVIRONMENT,
+        log_path=log_path,
+    )
+    return process, socket
 
 
 def context_of(file: ModelFile, wanted_tokens: int) -> int:
@@ -151,7 +160,10 @@ def context_of(file: ModelFile, wanted_tokens: int) -> int:
 
 
 async def _watch(child: LlamaChild) -> None:
-    child.exit_code = await child.process.wait()
+    try:
+        child.exit_code = await child.process.wait()
+    except CageError as exc:
+        child.exit_code, child.lost = -1, exc
     child.poke.set()
 
 
@@ -164,6 +176,8 @@ async def _wait_until_loaded(child: LlamaChild, log_path: Path) -> None:
                 await asyncio.sleep(_POLL_S)
     except TimeoutError as exc:
         raise _failed(child.file, f"it did not load within {LOAD_S:g} s") from exc
+    if child.lost is not None:
+        raise child.lost  # not the model's doing
     raise _failed(child.file, _reason(child.exit_code, log_path))
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from mycoswarmd.core.policy.evaluate import Permit
 from mycoswarmd.core.tasks import Event, Task, TaskSpec, TaskState
 from mycoswarmd.core.types import CageSpec, Proof, TaskId, Zone
+from mycoswarmd.wire.engineunit import Serving
 from mycoswarmd.wire.frames import Frame
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, PromptKind, Via
 
@@ -171,6 +172,26 @@ class EngineStarter(Protocol):
         log_path: Path,
     ) -> EngineProcess:
         """Start it, or raise CageError. It dies with this process."""
+        ...
+
+
+class UnitEngine(EngineProcess, Protocol):
+    """A running engine in a unit of its own; `wait` raises CageError when the unit ends without a word."""
+
+    @property
+    def socket_path(self) -> Path:
+        """Where it will listen."""
+        ...
+
+
+class EngineUnitStarter(Protocol):
+    """Has somebody else start an engine, who looks up by itself what the names mean."""
+
+    async def __call__(self, *, engine: str, model: str, serving: Serving, log_path: Path) -> UnitEngine:
+        """Start it; CageError or ConfigError where no engine can be, EngineError where not with this model.
+
+        Its last words are written to `log_path`. It dies with this process.
+        """
         ...
 
 
