@@ -38,7 +38,7 @@ _COMMANDS = {
     "approve": ("tasks", "approve", "APPROVE_EXAMPLES"),
     "status": ("node", "status", "STATUS_EXAMPLES"),
     "models": ("node", "models", "MODELS_EXAMPLES"),
-    "doctor": ("node", "doctor", None),
+    "doctor": ("doctor", "doctor", "DOCTOR_EXAMPLES"),
     "version": ("node", "version", None),
     "init": ("found", "init", "INIT_EXAMPLES"),
     "invite": ("invite", "invite", "INVITE_EXAMPLES"),

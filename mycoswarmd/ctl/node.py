@@ -1,4 +1,4 @@
-"""Commands about the node itself: status, models, doctor, version."""
+"""Commands about the node itself: status, models, version."""
 
 import sys
 import time
@@ -80,29 +80,6 @@ def models(ctx: typer.Context, as_json: bool = JSON) -> None:
     ]
     headers = ("NAME", "ZONE", "VIA", "CONTEXT", "KINDS", "TOOLS", "LOADED", "SIZE")
     session.table(headers, rows, empty="no models; `mycoswarmctl engine install` brings a small one")
-
-
-@guarded
-def doctor(ctx: typer.Context, as_json: bool = JSON) -> None:
-    """Check this machine and the node.
-
-    Says what is missing or weak and how to mend it; exit 1 when something fails.
-    """
-    session = begin(ctx, as_json=as_json)
-    answer = session.client.get("/api/doctor")
-    checks = answer.get("checks", [])
-    if as_json:
-        session.document(answer)
-    else:
-        marks = {"ok": ("green", "ok  "), "warn": ("yellow", "warn"), "fail": ("red", "fail")}
-        for check in checks:
-            colour, word = marks.get(str(check.get("severity")), ("red", "?   "))
-            head = f"{session.paint(colour, word)}  {line(check.get('name'))}"
-            print(f"{head}: {line(check.get('detail', ''))}")
-            if check.get("fix") and check.get("severity") != "ok":
-                print(f"      {session.paint('dim', 'fix: ' + line(check['fix']))}")
-    if any(check.get("severity") == "fail" for check in checks):
-        raise typer.Exit(1)
 
 
 @guarded

@@ -207,26 +207,6 @@ def test_models_say_where_a_prompt_would_go(node: FakeNode) -> None:
     assert "engine install" in ctl(node, "models").err
 
 
-@pytest.mark.parametrize(("severity", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
-def test_doctor_says_how_to_mend_and_fails_only_for_failures(
-    node: FakeNode, severity: str, code: int
-) -> None:
-    check = {
-        "name": "disk",
-        "ok": severity == "ok",
-        "severity": severity,
-        "detail": "10 MiB free\x07",
-        "fix": "free some" if severity != "ok" else "",
-    }
-    node.on("GET", "/api/doctor", answer({"checks": [check]}))
-    ran = ctl(node, "doctor")
-    assert ran.code == code
-    assert "disk" in ran.out and "10 MiB free\\x07" in ran.out
-    assert ("free some" in ran.out) == (severity != "ok")
-    machine = ctl(node, "doctor", "--json")
-    assert (machine.code, machine.json) == (code, {"checks": [check]})
-
-
 def test_version_works_with_and_without_a_node(node: FakeNode) -> None:
     node.on("GET", "/api/status", answer(STATUS))
     ran = ctl(node, "version")

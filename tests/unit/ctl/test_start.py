@@ -128,6 +128,7 @@ def test_a_wrong_command_line_is_said_in_json_where_json_is_wanted(arguments: tu
 
 
 def test_json_does_not_change_how_commands_end(node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer({}))
     node.on("GET", "/api/doctor", answer({"checks": [{"name": "x", "severity": "fail"}]}))
     assert ctl(node, "doctor", "--json").code == 1
     assert ctl(node, "models", "--json").code == 1

@@ -1,0 +1,458 @@
+"""`doctor` on trees of files that are as real machines have them: what it says, and that its cures cure."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mycoswarmd.core.policy import check as policy_check
+from mycoswarmd.ctl.box import Finding, Severity, Space, this_box
+from mycoswarmd.ctl.checks_network import Listener, listeners
+from mycoswarmd.ctl.client import UnixTransport
+from mycoswarmd.ctl.doctor import look
+from mycoswarmd.ctl.main import make_ctl
+from mycoswarmd.ctl.plain import typer
+from tests.meta.test_docs_howto import parse
+from tests.unit.ctl.boxes import NOW_S, PI_BOOTED, PI_CMDLINE, ROOMY, Tree, debian13, pi, ubuntu2404
+from tests.unit.ctl.fakenode import FakeNode, answer, ctl
+
+OK, NOTE, WEAK, BROKEN = Severity
+Change = Callable[[Tree], object]
+SHIPPED = Path(__file__).parents[3] / "policy" / "profiles" / "home.toml"
+
+
+def findings(tree: Tree, *, is_running: bool = True) -> dict[str, Finding]:
+    return {one.name: one for one in look(tree.box(is_running=is_running), None, None)}
+
+
+def bad(tree: Tree) -> dict[str, Severity]:
+    return {name: one.severity for name, one in findings(tree).items() if one.severity is not OK}
+
+
+def test_a_sound_workstation_has_nothing_to_mend(tmp_path: Path) -> None:
+    tree = debian13(tmp_path)
+    assert bad(tree) == {}
+    assert {"clock", "cgroups", "memory", "landlock", "units", "disk", "gpu 0000:01:00.0"} <= set(
+        findings(tree)
+    )
+
+
+def test_ubuntus_apparmor_matters_only_without_units(tmp_path: Path) -> None:
+    assert bad(ubuntu2404(tmp_path / "a")) == {}
+    bare = ubuntu2404(tmp_path / "b")
+    shutil.rmtree(bare.root / "usr/lib/systemd/system")
+    assert bad(bare) == {"user namespaces": WEAK, "units": NOTE}
+    assert "apparmor_parser -r /etc/apparmor.d/mycoswarm-bwrap" in findings(bare)["user namespaces"].fix
+    bare.put({"/etc/apparmor.d/mycoswarm-bwrap": "profile"})
+    assert bad(bare) == {"units": NOTE}
+
+
+def test_a_fresh_pi_lacks_memory_limits_and_landlock(tmp_path: Path) -> None:
+    tree = pi(tmp_path)
+    assert bad(tree) == {"memory": WEAK, "landlock": WEAK}
+    assert findings(tree)["memory"].fix == (
+        "sudo sed -i '1s/$/ cgroup_enable=memory/' /boot/firmware/cmdline.txt && sudo reboot"
+    )
+    assert "lsm=landlock/" in findings(tree)["landlock"].fix
+
+
+def test_a_card_of_a_pi_is_looked_at_before_its_first_start(tmp_path: Path) -> None:
+    tree = pi(tmp_path)
+    for name in ("proc", "sys", "run"):
+        shutil.rmtree(tmp_path / name)
+    found = findings(tree, is_running=False)
+    assert {name for name, one in found.items() if one.severity is not OK} == {"memory"}
+    assert "clock" not in found and "landlock" not in found
+    tree.put({"/boot/firmware/cmdline.txt": f"{PI_CMDLINE.strip()} cgroup_enable=memory\n"})
+    assert "memory" not in findings(tree, is_running=False)
+    ran = ctl(None, "doctor", "--root", str(tmp_path), "--json")
+    assert ran.code == 0 and "memory" not in {row["name"] for row in ran.json["checks"]}
+    assert ctl(None, "doctor", "--root", str(tmp_path / "none")).code == 2
+
+
+def set_space(**changed: object) -> Change:
+    def change(tree: Tree) -> None:
+        values: dict[str, Any] = {
+            name: changed.get(name, getattr(ROOMY, name)) for name in ROOMY.__dataclass_fields__
+        }
+        tree.space = Space(**values)
+
+    return change
+
+
+def at(now_s: float) -> Change:
+    return lambda tree: setattr(tree, "now_s", now_s)
+
+
+def kept_time(tree: Tree) -> None:
+    tree.put({"/var/lib/systemd/timesync/clock": ""})
+    os.utime(tree.root / "var/lib/systemd/timesync/clock", (NOW_S + 1e7, NOW_S + 1e7))
+
+
+def no_landlock(tree: Tree) -> None:
+    tree.put({"/sys/kernel/security/lsm": "lockdown,capability,yama,apparmor"})
+    tree.landlock_abi = 0
+
+
+def hybrid(tree: Tree) -> None:
+    (tree.root / "sys/fs/cgroup/cgroup.controllers").unlink()
+    tree.put({"/sys/fs/cgroup/memory/tasks": "", "/sys/fs/cgroup/unified/cgroup.controllers": ""})
+
+
+def no_driver(name: str | None) -> Change:
+    def change(tree: Tree) -> None:
+        link = tree.root / "sys/bus/pci/devices/0000:01:00.0/driver"
+        link.unlink()
+        if name:
+            link.symlink_to(f"../../../../bus/pci/drivers/{name}")
+
+    return change
+
+
+def laptop(tree: Tree) -> None:
+    tree.put({"/sys/class/dmi/id/chassis_type": "10\n", "/sys/class/power_supply/BAT0/status": "Charging\n"})
+
+
+def wide_policy(tree: Tree) -> None:
+    tree.put({"/etc/mycoswarm/policy.toml": SHIPPED.read_text()})
+    (tree.root / "etc/mycoswarm/policy.toml").chmod(0o666)
+
+
+def without(*paths: str) -> Change:
+    def change(tree: Tree) -> None:
+        for path in paths:
+            (tree.root / path).unlink()
+
+    return change
+
+
+def masked(tree: Tree) -> None:
+    tree.link("/etc/systemd/system/mycoswarm-task.socket", "/dev/null")
+
+
+def no_engine(tree: Tree) -> None:
+    shutil.rmtree(tree.root / "var/lib/mycoswarm-engine")
+
+
+UNIT = "usr/lib/systemd/system"
+# What happens to a sound machine, what doctor says of it, and a word that must be in the cure.
+CASES: dict[str, tuple[Change, dict[str, Severity], str]] = {
+    "a clock at 1970": (at(86_400.0), {"clock": NOTE}, "timedatectl"),
+    "a clock before its own past": (kept_time, {"clock": NOTE}, "timedatectl"),
+    "no landlock": (no_landlock, {"landlock": WEAK}, "lsm=landlock,lockdown,yama,apparmor"),
+    "hybrid cgroups": (hybrid, {"cgroups": WEAK}, "systemd.unified_cgroup_hierarchy=1"),
+    "memory turned off": (
+        lambda tree: tree.put({"/sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n"}),
+        {"memory": WEAK},
+        "cgroup_enable=memory",
+    ),
+    "no user namespaces": (
+        lambda tree: tree.put({"/proc/sys/user/max_user_namespaces": "0\n"}),
+        {"user namespaces": BROKEN},
+        "user.max_user_namespaces=15000",
+    ),
+    "nouveau": (no_driver("nouveau"), {"gpu 0000:01:00.0": WEAK}, "apt install nvidia-driver"),
+    "no driver at all": (no_driver(None), {"gpu 0000:01:00.0": WEAK}, "apt install nvidia-driver"),
+    "a lent card": (no_driver("vfio-pci"), {}, ""),
+    "a laptop": (laptop, {"sleep": NOTE}, "HandleLidSwitchExternalPower=ignore"),
+    "a full disk": (set_space(free_bytes=1 << 20), {"disk": BROKEN}, "du -xh"),
+    "a nearly full disk": (set_space(free_bytes=500 << 20), {"disk": WEAK}, "du -xh"),
+    "no inodes": (set_space(free_inodes=3), {"disk": BROKEN}, "du -xh"),
+    "no count of inodes": (set_space(free_inodes=None), {}, ""),
+    "a read-only disk": (set_space(is_read_only=True), {"disk": BROKEN}, "journalctl -k"),
+    "a masked unit": (masked, {"units": BROKEN}, "systemctl unmask mycoswarm-task.socket"),
+    "a missing unit": (without(f"{UNIT}/mycoswarm-lan.socket"), {"units": BROKEN}, "service install"),
+    "not enabled": (
+        without("etc/systemd/system/multi-user.target.wants/mycoswarmd.service"),
+        {"units": NOTE},
+        "systemctl enable --now mycoswarmd",
+    ),
+    "no engine": (no_engine, {"embedded engine": WEAK}, "engine install"),
+    "broken settings": (
+        lambda tree: tree.put({"/etc/mycoswarm/mycoswarm.toml": "listen = \n"}),
+        {"settings": BROKEN},
+        "mycoswarmd check",
+    ),
+    "a half-written policy": (
+        lambda tree: tree.put({"/etc/mycoswarm/policy.toml": SHIPPED.read_text().rpartition('"')[0]}),
+        {"policy": BROKEN},
+        "policy check /etc/mycoswarm/policy.toml",
+    ),
+    "a policy for all to write": (wide_policy, {"policy": BROKEN}, "chmod go-w"),
+    "a sound policy": (
+        lambda tree: tree.put({"/etc/mycoswarm/policy.toml": SHIPPED.read_text()}),
+        {},
+        "",
+    ),
+    "Ollama for everybody": (
+        lambda tree: tree.listen("::", 11434, "ollama").put({"/etc/systemd/system/ollama.service": ""}),
+        {"exposed: Ollama": BROKEN, "engine": NOTE},
+        "IPAddressDeny=any",
+    ),
+    "Ollama at home": (
+        lambda tree: tree.listen("127.0.0.1", 11434, "ollama"),
+        {"engine": NOTE},
+        "[engines.ollama]",
+    ),
+    "Ollama at home, by IPv6": (lambda tree: tree.listen("::1", 11434, "ollama"), {"engine": NOTE}, ""),
+    "Ollama at home, mapped": (lambda tree: tree.listen("::ffff:127.0.0.1", 11434), {"engine": NOTE}, ""),
+    "LM Studio on the LAN's address": (
+        lambda tree: tree.listen("192.168.1.20", 1234),
+        {"exposed: LM Studio": BROKEN},
+        "127.0.0.1",
+    ),
+    "llama-server on a port of its own": (
+        lambda tree: tree.listen("0.0.0.0", 9999, "llama-server"),
+        {"exposed: llama.cpp": BROKEN},
+        ":9999",
+    ),
+    "somebody's web server": (
+        lambda tree: tree.listen("0.0.0.0", 8080, "nginx"),
+        {"open port 8080": NOTE},
+        ":8080",
+    ),
+    "ssh": (lambda tree: tree.listen("0.0.0.0", 22, "sshd"), {}, ""),
+    "the node's own ports": (
+        lambda tree: tree.listen("::", 7437, "python3", command="/usr/bin/python3 /usr/sbin/mycoswarmd run"),
+        {},
+        "",
+    ),
+    "a taken port": (
+        lambda tree: tree.listen("::", 7437, "nginx", command="nginx: worker"),
+        {"port 7437": BROKEN},
+        ":7437",
+    ),
+    "another port in the settings": (
+        lambda tree: tree.listen("::", 7437, "nginx").put(
+            {"/etc/mycoswarm/mycoswarm.toml": 'swarm_listen = "[::]:7000"\n'}
+        ),
+        {},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_trouble_is_found_and_no_other(tmp_path: Path, name: str) -> None:
+    change, expected, word = CASES[name]
+    tree = debian13(tmp_path)
+    change(tree)
+    assert bad(tree) == expected
+    cures = [one.fix for one in findings(tree).values() if one.severity is not OK]
+    assert all(cures) and any(word in fix for fix in cures) == bool(expected)
+
+
+def test_each_finding_is_one_sentence_and_one_command(tmp_path: Path) -> None:
+    """Over all cases: a sentence ends with a dot, a cure has no line end, its commands are ones we have."""
+    whole = typer.main.get_command(make_ctl(["mycoswarmctl", "engine"]))
+    seen = 0
+    for number, (change, _, _) in enumerate(CASES.values()):
+        tree = debian13(tmp_path / str(number))
+        change(tree)
+        for one in findings(tree).values():
+            assert one.detail.endswith(".") and one.detail[0].isupper(), one
+            assert "\n" not in one.detail + one.fix
+            for part in one.fix.removeprefix("sudo ").split(" && "):
+                if part.startswith("mycoswarmctl ") and not part.startswith("mycoswarmctl service "):
+                    parse(whole, part.split()[1:])
+                    seen += 1
+    assert seen >= 2
+
+
+# --- cures ---------------------------------------------------------------------------------------
+
+_STAND_INS = 'sudo() { case $1 in mkdir|tee|sed|ln|chmod) "$@";; esac; }\nset -e -o pipefail\n'
+_PLACES = ("/boot/", "/etc/", "/var/")
+
+
+def cure(tree: Tree, fix: str) -> None:
+    """Run a cure by a real shell: paths are put under the tree, what needs a running system is left out."""
+    for place in _PLACES:
+        fix = fix.replace(f" {place}", f" {tree.root}{place}")
+    ran = subprocess.run(["bash", "-c", _STAND_INS + fix], capture_output=True, text=True)
+    assert ran.returncode == 0, (fix, ran.stderr)
+
+
+def test_the_pis_cure_cures_after_a_restart(tmp_path: Path) -> None:
+    tree = pi(tmp_path)
+    cure(tree, findings(tree)["memory"].fix)
+    text = (tmp_path / "boot/firmware/cmdline.txt").read_text()
+    assert text == f"{PI_CMDLINE.strip()} cgroup_enable=memory\n"
+    assert findings(tree)["memory"].fix == "sudo reboot"
+    cure(tree, findings(tree)["landlock"].fix)
+    assert (tmp_path / "boot/firmware/cmdline.txt").read_text().count("\n") == 1
+    tree.put({"/sys/fs/cgroup/cgroup.controllers": "cpu memory\n", "/proc/cmdline": PI_BOOTED})
+    assert set(bad(tree)) == {"landlock"}
+
+
+@pytest.mark.parametrize("name", ["a laptop", "a policy for all to write", "no landlock"])
+def test_a_cure_cures(tmp_path: Path, name: str) -> None:
+    change, expected, _ = CASES[name]
+    tree = debian13(tmp_path)
+    change(tree)
+    (which,) = expected
+    cure(tree, findings(tree)[which].fix)
+    if which == "landlock":
+        written = (tmp_path / "etc/default/grub.d/mycoswarm-lsm.cfg").read_text()
+        assert written == 'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX lsm=landlock,lockdown,yama,apparmor"\n'
+    else:
+        assert bad(tree) == {}
+
+
+def test_the_cure_of_an_open_ollama_is_a_drop_in_that_systemd_takes(tmp_path: Path) -> None:
+    tree = debian13(tmp_path).listen("0.0.0.0", 11434, "ollama")
+    service = "[Service]\nExecStart=/bin/true\nEnvironment=OLLAMA_HOST=0.0.0.0\n"
+    tree.put({"/etc/systemd/system/ollama.service": service})
+    cure(tree, findings(tree)["exposed: Ollama"].fix)
+    drop_in = (tmp_path / "etc/systemd/system/ollama.service.d/at-home.conf").read_text()
+    assert "OLLAMA_HOST=127.0.0.1:11434\n" in drop_in and "IPAddressDeny=any\n" in drop_in
+    said = verified(tmp_path / "etc/systemd/system/ollama.service")
+    assert said == ""
+    (tmp_path / "etc/systemd/system/ollama.service.d/at-home.conf").write_text(drop_in + "IPAdressDeny=any\n")
+    assert "IPAdressDeny" in verified(tmp_path / "etc/systemd/system/ollama.service")
+
+
+def verified(unit: Path) -> str:
+    """Return what systemd-analyze has to say of a unit with its drop-ins."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    ran = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True)
+    return "".join(row for row in ran.stderr.splitlines(keepends=True) if "at-home" in row or "ollama" in row)
+
+
+def test_the_cure_of_an_unknown_ollama_is_a_setting_that_the_node_takes(tmp_path: Path) -> None:
+    tree = debian13(tmp_path).listen("127.0.0.1", 11434, "ollama")
+    cure(tree, findings(tree)["engine"].fix)
+    assert bad(tree) == {}
+    assert findings(tree)["engine"].detail == "Declared engines: ollama."
+
+
+# --- the node's own word -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    """This machine is a sound one for the length of a test."""
+    tree = debian13(tmp_path)
+    monkeypatch.setattr("mycoswarmd.ctl.box.this_box", tree.box)
+    return tree
+
+
+def rows(document: dict[str, Any]) -> dict[str, str]:
+    return {row["name"]: row["severity"] for row in document["checks"]}
+
+
+def test_a_node_that_does_not_run_is_said_and_the_rest_is_looked_at(sound: Tree, tmp_path: Path) -> None:
+    ran = ctl(None, "--socket", str(tmp_path / "none"), "doctor", "--json")
+    assert ran.code == 1
+    assert rows(ran.json)["node"] == "broken" and rows(ran.json)["disk"] == "ok"
+    shown = ctl(None, "--socket", str(tmp_path / "none"), "doctor")
+    assert shown.out.startswith("broken  node: The node does not run")
+    assert "systemctl restart mycoswarmd" in shown.out.splitlines()[1]
+    assert "1 broken" in shown.err and "ok" in shown.err
+
+
+def test_an_older_node_that_knows_less_is_no_trouble(sound: Tree, node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer({"policy": {}, "swarm": None}))
+    ran = ctl(node, "doctor", "--json")
+    assert ran.code == 0
+    assert set(rows(ran.json).values()) == {"ok"} and rows(ran.json)["node"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("severity", "shown", "code"), [("ok", "ok", 0), ("warn", "weak", 0), ("fail", "broken", 1)]
+)
+def test_what_the_node_says_is_shown_and_counts(
+    sound: Tree, node: FakeNode, severity: str, shown: str, code: int
+) -> None:
+    check = {"name": "engine: up", "severity": severity, "detail": "gone\x07", "fix": "look"}
+    node.on("GET", "/api/status", answer({})).on("GET", "/api/doctor", answer({"checks": [check]}))
+    assert (ctl(node, "doctor", "--json").code, rows(ctl(node, "doctor", "--json").json)["engine: up"]) == (
+        code,
+        shown,
+    )
+    ran = ctl(node, "doctor")
+    assert "gone\\x07" in ran.out
+    assert ("\n        look\n" in ran.out) == (severity != "ok")
+
+
+def test_a_policy_that_was_changed_and_not_read_again(sound: Tree, node: FakeNode) -> None:
+    text = SHIPPED.read_text()
+    sound.put({"/etc/mycoswarm/policy.toml": text})
+    in_force = policy_check.check_policy(text.encode(), path="p", resolve_program=lambda name: name).policy
+    node.on("GET", "/api/status", answer({"policy": {"sha256": in_force.sha256}}))
+    assert "policy in force" not in rows(ctl(node, "doctor", "--json").json)
+    sound.put({"/etc/mycoswarm/policy.toml": text + "# more\n"})
+    assert rows(ctl(node, "doctor", "--json").json)["policy in force"] == "weak"
+    assert "sudo mycoswarmctl policy reload" in ctl(node, "doctor").out
+
+
+@pytest.mark.parametrize(
+    ("age_s", "same", "expected"),
+    [(60, True, "ok"), (None, True, "ok"), (60, False, "weak"), (9e5, True, "weak")],
+)
+def test_a_roster_that_is_older_than_the_swarms(
+    sound: Tree, node: FakeNode, age_s: float | None, same: bool, expected: str
+) -> None:
+    other = {"name": "pi", "state": "ready", "self": False, "verified": {"digest_same": same}}
+    me = {"name": "here", "state": "ready", "self": True, "verified": {"digest_same": True}}
+    node.on("GET", "/api/status", answer({"swarm": {"roster_age_s": age_s}}))
+    node.on("GET", "/api/swarm", answer({"swarm": {"problems": []}, "nodes": [me, other]}))
+    assert rows(ctl(node, "doctor", "--json").json)["roster"] == expected
+
+
+def test_what_a_unit_did_not_prove_is_weak_and_what_it_refuted_is_broken(sound: Tree, node: FakeNode) -> None:
+    wire = pytest.importorskip("mycoswarmd.wire.proof")
+    names = [name.value for name in wire.EXPECTED[wire.Unit.CORE]]
+
+    def proved(**other: bool | None) -> dict[str, Any]:
+        checks = [
+            {"name": name, "ok": other.get(name.replace("-", "_"), True), "detail": ""} for name in names
+        ]
+        return {"proofs": [{"unit": "core", "checks": checks}, {"unit": "of a newer node"}]}
+
+    node.on("GET", "/api/status", answer({}))
+    for document, expected in (
+        (proved(), "ok"),
+        (proved(memory=None), "weak"),
+        (proved(inet_socket=False), "broken"),
+        ({"proofs": [{"unit": "core", "checks": []}]}, "weak"),
+    ):
+        node.on("GET", "/v1/security", answer(document))
+        assert rows(ctl(node, "doctor", "--json").json)["confinement: core"] == expected
+
+
+def test_another_machine_is_asked_and_not_looked_at(
+    sound: Tree, monkeypatch: pytest.MonkeyPatch, node: FakeNode
+) -> None:
+    check = {"name": "disk", "severity": "fail", "detail": "full", "fix": "free some"}
+    node.on("GET", "/api/doctor", answer({"checks": [check]}))
+    monkeypatch.setattr("mycoswarmd.ctl.tlshttp.open_remote", lambda *_: UnixTransport(node.path))
+    ran = ctl(None, "--node", "pi", "doctor", "--json")
+    assert (ran.code, rows(ran.json)) == (1, {"disk": "broken"})
+
+
+def test_listeners_are_read_as_the_kernel_writes_them() -> None:
+    """Against the kernel of this machine."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as near,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as near6,
+        socket.create_server(("0.0.0.0", 0)) as wide,
+    ):
+        ports = [one.getsockname()[1] for one in (near, near6, wide)]
+        found: dict[int, Listener] = {one.port: one for one in listeners(this_box())}
+        assert [found[port].is_open for port in ports] == [False, False, True]
+        assert found[ports[0]].program  # this very process
+
+
+def test_findings_are_one_json_document(sound: Tree, node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer({}))
+    checks = json.loads(ctl(node, "doctor", "--json").out)["checks"]
+    assert all(set(row) == {"name", "severity", "detail", "fix"} for row in checks)
+    assert all(row["fix"] == "" for row in checks if row["severity"] == "ok")
