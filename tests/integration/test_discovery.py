@@ -136,15 +136,18 @@ def network() -> Iterator[Network]:
 class Node:
     """A machine with the discovery process and its keeper, as a node has them."""
 
-    def __init__(self, machine: Machine, *, silence_s: float) -> None:
+    def __init__(self, machine: Machine, starting: asyncio.Lock, *, silence_s: float) -> None:
         self.machine = machine
+        self._starting = starting
         self.hints: list[Hint] = []
         self.news = asyncio.Event()
         self.discovery = Discovery(self._start, self._on_hint, clock=SystemClock(), silence_s=silence_s)
 
     async def _start(self) -> Outpost:
-        with self.machine.inside():
-            return await start_outpost(MODULE, line_bytes=LINE_BYTES)
+        # One after the other: this thread can be on one machine at a time, and leaves it for where it came from.
+        async with self._starting:
+            with self.machine.inside():
+                return await start_outpost(MODULE, line_bytes=LINE_BYTES)
 
     def _on_hint(self, hint: Hint) -> None:
         self.hints.append(hint)
@@ -177,7 +180,8 @@ class Node:
 
 @asynccontextmanager
 async def nodes(*machines: Machine, silence_s: float = 16.0) -> AsyncIterator[list[Node]]:
-    made = [Node(machine, silence_s=silence_s) for machine in machines]
+    starting = asyncio.Lock()
+    made = [Node(machine, starting, silence_s=silence_s) for machine in machines]
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(node.discovery.run()) for node in made]
         for node in made:
