@@ -43,6 +43,11 @@ async def doctor(call: Call) -> StreamResponse:
     return json_answer({"checks": await call.services.machine.doctor()})
 
 
+async def security(call: Call) -> StreamResponse:
+    """Report what each unit has proved about its own confinement."""
+    return json_answer(await call.services.machine.security())
+
+
 async def models(call: Call) -> StreamResponse:
     """Report every model with all that is known of it."""
     rows = [

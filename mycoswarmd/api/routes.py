@@ -91,6 +91,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST",   "/v1/chat/completions",           PROMPTS,  Gate.INSIDE,    PROMPT_BODY_BYTES, openai.chat),
     Route("POST",   "/v1/completions",                PROMPTS,  Gate.INSIDE,    PROMPT_BODY_BYTES, openai.completions),
     Route("POST",   "/v1/embeddings",                 PROMPTS,  Gate.INSIDE,    PROMPT_BODY_BYTES, openai.embeddings),
+    Route("GET",    "/v1/security",                   PERSON,   Gate.OPEN,      0,                 control.security),
     Route("GET",    "/api/status",                    PERSON,   Gate.OPEN,      0,                 control.status),
     Route("GET",    "/api/models",                    PERSON,   Gate.OPEN,      0,                 control.models),
     Route("GET",    "/api/doctor",                    PERSON,   Gate.ADMIN,     0,                 control.doctor),

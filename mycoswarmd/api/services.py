@@ -59,6 +59,10 @@ class Machine(Protocol):
         """Report everything that `mycoswarmctl status` shows."""
         ...
 
+    async def security(self) -> Mapping[str, object]:
+        """Report what each unit has proved about its own confinement."""
+        ...
+
     async def doctor(self) -> Sequence[Mapping[str, object]]:
         """Check what is missing or weak on this machine, with the command that fixes it."""
         ...

@@ -3,21 +3,22 @@
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from mycoswarmd import __version__
 from mycoswarmd.core.tasks import TaskState
 from mycoswarmd.core.types import SandboxLevel, Unknown
+from mycoswarmd.daemon.door import ProgramDoor
+from mycoswarmd.daemon.ownfacts import OwnFacts
 from mycoswarmd.daemon.policyfile import PolicyKeeper
+from mycoswarmd.daemon.security import Security
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.daemon.swarmparts import SwarmParts
 from mycoswarmd.flow.ports import Clock, Engine
 from mycoswarmd.flow.swarmports import PeerAddress, PeerState
-from mycoswarmd.inventory.gpu import Gpus
-from mycoswarmd.inventory.host import Host, own_memory_bytes, tier_of
-from mycoswarmd.sandbox.capability import Capability
+from mycoswarmd.inventory.host import own_memory_bytes, tier_of
 from mycoswarmd.store.receipts import SqliteReceiptLog
 from mycoswarmd.store.tasks import SqliteTaskStore
 
@@ -40,9 +41,9 @@ class NodeMachine:
         engines: Sequence[Engine],
         tasks: SqliteTaskStore,
         receipts: SqliteReceiptLog,
-        capability: Capability,
-        host: Host,
-        gpus: Callable[[], Gpus],
+        facts: OwnFacts,
+        security: Security,
+        door: ProgramDoor,
         clock: Clock,
         parts: SwarmParts,
     ) -> None:
@@ -54,16 +55,16 @@ class NodeMachine:
         self._engines = engines
         self._tasks = tasks
         self._receipts = receipts
-        self._capability = capability
-        self._host = host
-        self._gpus = gpus
+        self._facts = facts
+        self._security = security
+        self._door = door
         self._clock = clock
         self._started_s = clock.monotonic_s()
 
     async def status(self) -> Mapping[str, object]:
         """Report everything that `mycoswarmctl status` shows."""
         problems = self._problems()
-        gpus = self._gpus()
+        gpus, host, cages = self._facts.gpus, self._facts.host, self._facts.capability()
         keeper = self._policy
         policy = keeper.policy
         head = await self._receipts.head()
@@ -87,20 +88,24 @@ class NodeMachine:
             "tasks": await self._task_counts(),
             "receipts": {"count": head.seq, "head": head.id},
             "sandbox": {
-                "level": self._capability.level.value,
-                "facts": [asdict(fact) for fact in self._capability.facts],
+                "level": cages.level.value,
+                "facts": [asdict(fact) for fact in cages.facts],
             },
             "listeners": self._listeners(),
             "swarm": self._swarm_report(),
             "host": {
                 "hostname": socket.gethostname(),
-                "cpus": self._host.cpus,
-                "memory_bytes": self._host.memory_bytes,
+                "cpus": host.cpus,
+                "memory_bytes": host.memory_bytes,
                 "own_memory_bytes": own_memory_bytes(),
                 "gpus": [asdict(gpu) for gpu in gpus.found],
-                "tier": tier_of(self._host, gpus.found),
+                "tier": tier_of(host, gpus.found),
             },
         }
+
+    async def security(self) -> Mapping[str, object]:
+        """Report what each unit has proved about its own confinement."""
+        return await self._security.report()
 
     def state(self, problems: Sequence[str] | None = None) -> str:
         """Say in one colour how the node is: red answers nothing, yellow wants to be looked at."""
@@ -153,11 +158,10 @@ class NodeMachine:
         checks = [self._policy_check(), self._clock_check(), self._disk_check(), *self._engine_checks()]
         checks += [
             _check(f"cage: {fact.name}", is_ok=fact.ok, detail=fact.detail, fix=fact.hint)
-            for fact in self._capability.facts
+            for fact in self._facts.capability().facts
         ]
         checks += await asyncio.to_thread(_open_engines)
-        gpus = self._gpus()
-        checks.append(_check("gpu", is_ok=True, detail=gpus.detail))
+        checks.append(_check("gpu", is_ok=True, detail=self._facts.gpus.detail))
         return checks
 
     def _problems(self) -> list[str]:
@@ -166,8 +170,9 @@ class NodeMachine:
             problems.append(
                 f"receipts cannot be written, so nothing is answered: {self._receipts.problem.message}"
             )
-        if self._capability.level is SandboxLevel.NONE:
+        if self._facts.capability().level is SandboxLevel.NONE:
             problems.append("no cage can be built here: tasks will be refused (mycoswarmctl doctor)")
+        problems += [*self._security.problems(), *filter(None, [self._door.problem])]
         problems += [
             f"engine {health.name} is down: {health.detail}"
             for health in (engine.health() for engine in self._engines)

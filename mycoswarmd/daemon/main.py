@@ -39,6 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--swarm-listen", metavar="HOST:PORT", help="address for the swarm; default [::]:7437; or none"
     )
     run.add_argument(
+        "--appliance", action="store_true", help="run inside systemd's units, as mycoswarmd.service does"
+    )
+    # For tests: where the sockets of the units are, in place of /run.
+    run.add_argument("--outposts", type=Path, help=argparse.SUPPRESS)
+    run.add_argument(
         "--log-level", metavar="LEVEL", default="info", help="debug, info (the default), warning or error"
     )
     commands.add_parser("check", help=_CHECK, description=_CHECK, parents=[both], allow_abbrev=False)
@@ -77,6 +82,8 @@ def _carry_out(given: argparse.Namespace) -> None:
         listen="none" if given.no_listen else given.listen,
         swarm_listen=given.swarm_listen,
         log_level=given.log_level,
+        appliance=given.appliance,
+        outposts=given.outposts,
     )
 
 

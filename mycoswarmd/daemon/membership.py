@@ -11,7 +11,8 @@ import ssl
 from collections.abc import Sequence
 
 from mycoswarmd.api.access import SWARM_LISTENER
-from mycoswarmd.api.app import Api, bind_tcp
+from mycoswarmd.api.app import Api
+from mycoswarmd.daemon.outside import Outside
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.errors import ConfigError, Unavailable
 from mycoswarmd.fleet.discovery import Discovery
@@ -19,14 +20,12 @@ from mycoswarmd.fleet.fleet import Fleet
 from mycoswarmd.flow.ports import Clock
 from mycoswarmd.flow.swarm import Swarm
 from mycoswarmd.flow.swarmports import Hint, PeerAddress
-from mycoswarmd.sandbox.outpost import Outpost, start_outpost
 from mycoswarmd.trust.identity import NodeIdentity
 from mycoswarmd.trust.tlsctx import Tls
-from mycoswarmd.wire.hints import LINE_BYTES, Announcement
+from mycoswarmd.wire.hints import Announcement
 
 log = logging.getLogger(__name__)
 
-DISCOVERY_MODULE = "mycoswarmd.outposts.discovery"
 _DIGEST_CHARS = 16
 # How long an unenrolled node looks for a swarm, and waits for a second one when it has found the first.
 _LOOK_S, _AND_OTHERS_S = 5.0, 0.3
@@ -73,15 +72,27 @@ class NodeTls:
 class Membership:
     """Opens and closes what membership needs. One per daemon."""
 
-    def __init__(self, *, settings: Settings, swarm: Swarm, fleet: Fleet, tls: NodeTls, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        outside: Outside,
+        swarm: Swarm,
+        fleet: Fleet,
+        tls: NodeTls,
+        clock: Clock,
+    ) -> None:
+        self._outside = outside
         self._settings = settings
         self._swarm = swarm
         self._fleet = fleet
         self._tls = tls
         self._clock = clock
         self._changed = asyncio.Event()
+        self._out: frozenset[str] | None = None  # who was out when this was looked at last
         self.discovery: Discovery | None = None
         self.problem = ""
+        self._report_revoked()
         swarm.subscribe(self._on_change)
 
     async def nearby(self) -> Sequence[PeerAddress]:
@@ -100,7 +111,7 @@ class Membership:
                 found[hint.address] = None
             first.set()
 
-        looking = Discovery(_start_discovery, note, clock=self._clock)
+        looking = Discovery(self._outside.start_discovery, note, clock=self._clock)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(looking.run())
             try:
@@ -145,8 +156,24 @@ class Membership:
         return node_id, self._swarm.is_member()
 
     def _on_change(self) -> None:
+        self._report_revoked()
         self._announce()
         self._changed.set()
+
+    def _report_revoked(self) -> None:
+        """Write into the log who was put out since the last look; nobody at the first."""
+        roster = self._swarm.roster
+        now = frozenset(roster.revoked) if roster is not None else None
+        if roster is not None and now is not None and self._out is not None:
+            for node_id in sorted(now - self._out):
+                is_self = node_id == self._swarm.self_id
+                log.warning(
+                    "%s was put out of the swarm: %s",
+                    "this node" if is_self else f"node {node_id}",
+                    roster.revoked[node_id],
+                    extra={"event": "expelled" if is_self else "revoked"},
+                )
+        self._out = now
 
     async def _listen(self, api: Api) -> None:
         where = self._settings.swarm_listen
@@ -154,10 +181,11 @@ class Membership:
             return
         while True:
             try:
-                sock = bind_tcp(*where, hint=_BIND_HINT)
+                sock = await self._outside.listen(*where, _BIND_HINT)
             except ConfigError as exc:
+                if self.problem != exc.message:
+                    log.error("%s", exc, extra={"event": "listener-down"})  # noqa: TRY400 - in its own words
                 self.problem = exc.message
-                log.error("%s", exc)  # noqa: TRY400 - deliberate, with its own words
                 await asyncio.sleep(_BIND_AGAIN_S)
                 continue
             self.problem = ""
@@ -168,7 +196,7 @@ class Membership:
     async def _discover(self) -> None:
         if not self._settings.discovery:
             return
-        self.discovery = Discovery(_start_discovery, self._fleet.hint, clock=self._clock)
+        self.discovery = Discovery(self._outside.start_discovery, self._fleet.hint, clock=self._clock)
         self._announce()
         try:
             await self.discovery.run()
@@ -186,7 +214,3 @@ class Membership:
 def own_port(settings: Settings) -> int:
     """Return the port at which others find this node; 0 where it does not listen."""
     return settings.swarm_listen[1] if settings.swarm_listen is not None else 0
-
-
-async def _start_discovery() -> Outpost:
-    return await start_outpost(DISCOVERY_MODULE, line_bytes=LINE_BYTES)

@@ -5,15 +5,16 @@ import logging
 import os
 import resource
 import signal
-import sys
+import socket
 from asyncio import sslproto
 from pathlib import Path
 
-import sdnotify
-
+from mycoswarmd.daemon import journal
+from mycoswarmd.daemon.activation import Manager, take_api_socket
+from mycoswarmd.daemon.clock import SystemClock
 from mycoswarmd.daemon.policyfile import load_policy
 from mycoswarmd.daemon.settings import Options, Settings, load_settings
-from mycoswarmd.daemon.wiring import PolicyDesk, running_node
+from mycoswarmd.daemon.wiring import Running, running_node
 from mycoswarmd.errors import ConfigError, MycoswarmError
 
 log = logging.getLogger("mycoswarmd")
@@ -38,15 +39,13 @@ def run_forever(
     listen: str | None,
     swarm_listen: str | None,
     log_level: str,
+    appliance: bool = False,
+    outposts: Path | None = None,
 ) -> None:
     """Run a node until SIGTERM or SIGINT; raise MycoswarmError when it cannot start."""
     if log_level not in _LEVELS:
         raise ConfigError("bad-option", f"cannot log at {log_level!r}: one of {', '.join(_LEVELS)}")
-    logging.basicConfig(
-        level=_LEVELS[log_level],
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    journal.set_up(_LEVELS[log_level])
     os.umask(0o077)
     _raise_file_limit()
     sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
@@ -58,10 +57,13 @@ def run_forever(
             listen=listen,
             swarm_listen=swarm_listen,
             log_level=log_level,
+            appliance=appliance,
+            outposts=outposts,
         )
     )
+    api_socket = take_api_socket() if appliance else None
     try:
-        asyncio.run(_serve(settings))
+        asyncio.run(_serve(settings, api_socket))
     except ExceptionGroup as group:
         deliberate = group.subgroup(MycoswarmError)
         if deliberate is None:
@@ -77,36 +79,54 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, api_socket: socket.socket | None) -> None:
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
-    notifier = sdnotify.SystemdNotifier()
-    async with running_node(settings) as policy:
-        log.info("ready: unix:%s", settings.socket_path)
-        if settings.listen is not None:
-            log.info("ready: http://%s:%d/v1 (API key needed)", *settings.listen)
-        notifier.notify("READY=1")
-        async with asyncio.TaskGroup() as group:
-            reloader = group.create_task(_reload_on(reload, policy), name="reload")
+    manager = Manager(SystemClock())
+    async with asyncio.TaskGroup() as group:
+        watch = group.create_task(
+            manager.watch(), name="watchdog"
+        )  # from now on: starting may take long, too
+        async with running_node(settings, api_socket) as node:
+            _say_ready(settings, node)
+            manager.ready(_standing(node))
+            reloader = group.create_task(_reload_on(reload, node, manager), name="reload")
             await stop.wait()
             reloader.cancel()
-        notifier.notify("STOPPING=1")
-        log.info("stopping")
+            manager.stopping()
+            log.info("stopping", extra={"event": "stopping"})
+        watch.cancel()
 
 
-async def _reload_on(reload: asyncio.Event, policy: PolicyDesk) -> None:
+def _say_ready(settings: Settings, node: Running) -> None:
+    if not settings.appliance:
+        log.info("ready: unix:%s", settings.socket_path, extra={"event": "ready"})
+        if settings.listen is not None:
+            log.info("ready: http://%s:%d/v1 (API key needed)", *settings.listen)
+        return
+    log.info("listening on %s; %s", settings.socket_path, _standing(node), extra={"event": "ready"})
+
+
+def _standing(node: Running) -> str:
+    """Say in a few words what the node is, and what to do with one that is new."""
+    return "next: sudo mycoswarmctl init, or enroll" if node.is_alone() else "in its swarm"
+
+
+async def _reload_on(reload: asyncio.Event, node: Running, manager: Manager) -> None:
     while True:
         await reload.wait()
         reload.clear()
+        manager.reloading()
         try:
-            result = await policy.reload()
+            result = await node.policy.reload()
         except MycoswarmError as exc:
-            log.error("the old policy stays: %s", exc)  # noqa: TRY400
+            log.error("the old policy stays: %s", exc, extra={"event": "policy-broken"})  # noqa: TRY400
         else:
-            log.info("policy reloaded: %s", result["sha256"])
+            log.info("policy reloaded: %s", result["sha256"], extra={"event": "policy-reloaded"})
+        manager.ready(_standing(node))
 
 
 def check(*, state: Path | None, config: Path | None, policy: Path | None, listen: str | None) -> str:

@@ -9,6 +9,7 @@ from mycoswarmd.api.services import SwarmDesk
 from mycoswarmd.daemon.backup import starts_to_count, tidy
 from mycoswarmd.daemon.clock import SystemClock, SystemEntropy
 from mycoswarmd.daemon.membership import Membership, NodeTls, own_port
+from mycoswarmd.daemon.outside import Outside
 from mycoswarmd.daemon.ownword import OwnWord
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.engines.peer import PeerEngines
@@ -78,6 +79,7 @@ class SwarmParts:
 async def make_swarm(
     db: Database,
     settings: Settings,
+    outside: Outside,
     receipts: SqliteReceiptLog,
     clock: SystemClock,
     entropy: SystemEntropy,
@@ -98,7 +100,7 @@ async def make_swarm(
     await swarm.start(boots=starts_to_count(settings))
     tidy(settings)  # only now: the count is on disk
     tls = NodeTls(swarm)
-    dialer = PeerHttp(client_context=tls.client_context, knock_context=knock_context)
+    dialer = PeerHttp(client_context=tls.client_context, knock_context=knock_context, dial=outside.dial)
     fleet = Fleet(
         swarm=swarm,
         store=store,
@@ -129,7 +131,9 @@ async def make_swarm(
         swarm=swarm,
         fleet=fleet,
         members=PeerEngines(fleet.states, fleet.client, version=lambda: fleet.version),
-        membership=Membership(settings=settings, swarm=swarm, fleet=fleet, tls=tls, clock=clock),
+        membership=Membership(
+            settings=settings, outside=outside, swarm=swarm, fleet=fleet, tls=tls, clock=clock
+        ),
         invitations=invitations,
         newcomer=newcomer,
     )

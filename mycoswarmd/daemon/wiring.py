@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,8 +21,12 @@ from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.model import Policy
 from mycoswarmd.daemon.backup import backup
 from mycoswarmd.daemon.clock import SystemClock, SystemEntropy
+from mycoswarmd.daemon.door import ProgramDoor, program_listener
 from mycoswarmd.daemon.machine import NodeMachine
+from mycoswarmd.daemon.outside import Outside, make_outside
+from mycoswarmd.daemon.ownfacts import OwnFacts
 from mycoswarmd.daemon.policyfile import PolicyKeeper
+from mycoswarmd.daemon.security import ProvedCages, Security, find_capability
 from mycoswarmd.daemon.settings import EngineSetting, Settings
 from mycoswarmd.daemon.swarmparts import make_swarm
 from mycoswarmd.engines.llamacpp import ManagedLlama
@@ -31,14 +35,10 @@ from mycoswarmd.engines.openai_http import OpenAIEngine
 from mycoswarmd.errors import ConfigError
 from mycoswarmd.flow.approve import ApprovalDesk, ApprovalTimes
 from mycoswarmd.flow.ports import Engine
-from mycoswarmd.flow.prompt import Node, Prompts
+from mycoswarmd.flow.prompt import Prompts
 from mycoswarmd.flow.task import TaskBounds, Tasks
-from mycoswarmd.inventory.gpu import Gpus, read_gpus
-from mycoswarmd.inventory.host import read_host, tier_of
-from mycoswarmd.sandbox.bwrap import BubblewrapCages
-from mycoswarmd.sandbox.capability import probe_machine
+from mycoswarmd.sandbox.engineunit import EngineUnits
 from mycoswarmd.sandbox.process import start_engine
-from mycoswarmd.sandbox.zipapp import build_agent
 from mycoswarmd.store.approvals import SqliteApprovalStore
 from mycoswarmd.store.blobs import DirectoryBlobStore
 from mycoswarmd.store.db import Database
@@ -46,6 +46,7 @@ from mycoswarmd.store.keys import SqliteKeyStore
 from mycoswarmd.store.receipts import SqliteReceiptLog
 from mycoswarmd.store.tasks import SqliteTaskStore
 from mycoswarmd.store.usage import SqliteUsageStore
+from mycoswarmd.wire.proof import Proof, Unit
 
 log = logging.getLogger(__name__)
 
@@ -137,16 +138,34 @@ class ReceiptDesk:
         return asdict(await self._log.verify(head))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A node that answers.
+
+    Attributes:
+        is_alone: whether it is in no swarm.
+    """
+
+    policy: PolicyDesk
+    is_alone: Callable[[], bool]
+
+
 @asynccontextmanager
-async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
-    """Run a node while the context lasts; it is ready when the context is entered."""
+async def running_node(settings: Settings, api_socket: socket.socket | None = None) -> AsyncIterator[Running]:
+    """Run a node while the context lasts; it is ready when the context is entered.
+
+    `api_socket` is where local callers come in, where somebody else has made that.
+    """
     clock, entropy = SystemClock(), SystemEntropy()
+    outside = make_outside(settings)
+    cages = ProvedCages(outside.cages)
+    security = Security(settings, lan=outside.lan, cages=cages, clock=clock)
+    await security.begin()  # before a key is read
     async with AsyncExitStack() as stack:
         db = Database(settings.state_dir / "mycoswarm.db")
         await db.open()  # makes the state directory, or refuses it; nothing is put into one that is refused
         stack.push_async_callback(db.close)
-        for directory in (settings.runtime_dir, settings.models_dir, settings.engine_dir):
-            _make_directory(directory)
+        _make_directories(settings)
         receipts = SqliteReceiptLog(db, now_ms=clock.now_ms)
         await receipts.load()
         stack.push_async_callback(receipts.head)  # at the end, write what nobody waited for
@@ -161,10 +180,8 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
         task_store, approvals = SqliteTaskStore(db, rank=rank), SqliteApprovalStore(db)
         blobs = DirectoryBlobStore(settings.state_dir / "blobs", max_bytes=_BLOB_BYTES)
         await blobs.sweep(await task_store.blobs())
-        capability = await asyncio.to_thread(probe_machine)
-        host = read_host()
-        gpus = Gpus(found=(), detail="not read yet")
-        engines = make_engines(settings, keeper, clock)
+        facts = OwnFacts(settings, await find_capability(settings, cages))
+        engines = make_engines(settings, outside, keeper, clock, proved=security.note)
         desk = ApprovalDesk(
             policy=lambda: keeper.policy,
             store=approvals,
@@ -173,7 +190,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             entropy=entropy,
             times=ApprovalTimes(task_s=settings.approval_s),
         )
-        parts = await make_swarm(db, settings, receipts, clock, entropy)
+        parts = await make_swarm(db, settings, outside, receipts, clock, entropy)
         swarm = parts.swarm
         prompts = Prompts(
             policy=lambda: keeper.policy,
@@ -182,7 +199,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             usage=SqliteUsageStore(db),
             desk=desk,
             clock=clock,
-            node=Node(name=settings.node_name, tier=tier_of(host, gpus.found), sandbox=capability.level),
+            node=facts.node(),
             roster_age=swarm.age_s,
         )
         tasks = Tasks(
@@ -190,7 +207,7 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             prompts=prompts,
             store=task_store,
             blobs=blobs,
-            cages=BubblewrapCages(build_agent(), settings.runtime_dir),
+            cages=cages,
             desk=desk,
             receipts=receipts,
             clock=clock,
@@ -198,15 +215,16 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             bounds=TaskBounds(slots=settings.task_slots, max_open=settings.max_open_tasks),
             is_member=lambda node_id: swarm.member(node_id) is not None,
         )
+        door = ProgramDoor(outside, settings.listen if settings.appliance else None)
         machine = NodeMachine(
             settings=settings,
             policy=keeper,
             engines=engines,
             tasks=task_store,
             receipts=receipts,
-            capability=capability,
-            host=host,
-            gpus=lambda: gpus,
+            facts=facts,
+            security=security,
+            door=door,
             clock=clock,
             parts=parts,
         )
@@ -229,76 +247,92 @@ async def running_node(settings: Settings) -> AsyncIterator[PolicyDesk]:
             backup=lambda: backup(db, settings),
         )
 
-        def take_name() -> None:
-            """Be called what the roster says."""
-            me = swarm.member(swarm.self_id or "")
-            prompts.node = replace(prompts.node, name=me.name if me is not None else settings.node_name)
-
-        take_name()
-        stack.callback(swarm.subscribe(take_name))
-
-        async def look_at_gpus() -> None:
-            nonlocal gpus
-            gpus = await asyncio.to_thread(read_gpus)
-            prompts.node = replace(prompts.node, tier=tier_of(host, gpus.found))
-
+        stack.callback(facts.follow(prompts, swarm))
+        cages.on_change = facts.take_sandbox
         api = Api(services, Doorman(key_of=keys.lookup, clock=clock, own_uid=os.geteuid(), book=parts.book()))
         background: dict[str, Callable[[], Coroutine[None, None, None]]] = {
             "receipts": receipts.run,
             "keys": keys.run,
             "tasks": tasks.run,
-            "gpus": look_at_gpus,
+            "gpus": facts.look_at_gpus,
             "beacons": swarm.run,
             "membership": partial(parts.membership.run, api),
             "word": word.run,
+            "security": security.run,
+            "door": partial(door.run, api),
         }
         background |= {f"engine:{engine.name}": engine.run for engine in engines}
-        listeners = _listeners(settings, stack)  # what cannot be bound is said before anything runs
+        # What cannot be bound is said before anything runs.
+        listeners = _listeners(settings, stack, api_socket)
         await stack.enter_async_context(_in_background(background))
         await policy_desk.record("started")
         await stack.enter_async_context(api.begun())
         for sock, listener in listeners:
             await stack.enter_async_context(api.listening(sock, listener))
-        yield policy_desk
+        yield Running(policy=policy_desk, is_alone=lambda: swarm.roster is None)
 
 
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise ConfigError("bad-directory", f"cannot use directory {str(path)!r}: {exc.strerror}") from exc
+def _make_directories(settings: Settings) -> None:
+    """Make what a person would not; the appliance's are made by systemd, or of no use without."""
+    own = (settings.runtime_dir, settings.models_dir, settings.engine_dir)
+    for path in (_last_words_dir(settings),) if settings.appliance else own:
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ConfigError("bad-directory", f"cannot use directory {str(path)!r}: {exc.strerror}") from exc
 
 
-def make_engines(settings: Settings, keeper: PolicyKeeper, clock: SystemClock) -> list[Engine]:
+def _last_words_dir(settings: Settings) -> Path:
+    """Return where the sockets and logs of engines go; of units, whose sockets are elsewhere, only logs."""
+    return settings.state_dir / "engines" if settings.appliance else settings.runtime_dir
+
+
+def make_engines(
+    settings: Settings,
+    outside: Outside,
+    keeper: PolicyKeeper,
+    clock: SystemClock,
+    *,
+    proved: Callable[[Proof], None],
+) -> list[Engine]:
     """Build the embedded engine and those that the settings declare."""
     engines: list[Engine] = []
+    units = None
+    if settings.appliance:
+        units = EngineUnits(settings.outpost(Unit.ENGINE), sockets=settings.engine_runtime_dir, proved=proved)
     if settings.managed_engine:
         engines.append(
             ManagedLlama(
                 name="embedded",
                 models_dir=settings.models_dir,
                 engine_dir=settings.engine_dir,
-                runtime_dir=settings.runtime_dir,
+                runtime_dir=_last_words_dir(settings),
                 starter=start_engine,
+                units=units,
                 clock=clock,
                 idle_s=settings.engine_idle_s,
                 context_tokens=settings.engine_context_tokens,
             )
         )
-    engines += [_declared(entry, keeper) for entry in settings.engines]
+    engines += [_declared(entry, outside, keeper) for entry in settings.engines]
     return engines
 
 
-def _declared(entry: EngineSetting, keeper: PolicyKeeper) -> Engine:
+def _declared(entry: EngineSetting, outside: Outside, keeper: PolicyKeeper) -> Engine:
     if entry.kind == "ollama":
         return OllamaEngine(
             name=entry.name,
             url=entry.url,
             destinations=lambda: _hosts(keeper.policy),
             concurrency=entry.concurrency,
+            dial=outside.dial,
         )
     return OpenAIEngine(
-        name=entry.name, url=entry.url, native_tools=entry.native_tools, concurrency=entry.concurrency
+        name=entry.name,
+        url=entry.url,
+        native_tools=entry.native_tools,
+        concurrency=entry.concurrency,
+        dial=outside.dial,
     )
 
 
@@ -316,11 +350,15 @@ def _open_policy(settings: Settings, clock: SystemClock) -> PolicyKeeper:
         is_required=settings.policy_is_given,
     )
     if keeper.problem:
-        log.error("%s", keeper.problem)
+        log.error("%s", keeper.problem, extra={"event": "policy-broken"})
     return keeper
 
 
-def _listeners(settings: Settings, stack: AsyncExitStack) -> list[tuple[socket.socket, Listener]]:
+def _listeners(
+    settings: Settings, stack: AsyncExitStack, api_socket: socket.socket | None
+) -> list[tuple[socket.socket, Listener]]:
+    if api_socket is not None:  # it is systemd's, with its path and its mode
+        return [(api_socket, Listener(hosts=None))]
     # The policy decides what each local user may do, so every account may knock; the directory's
     # own mode keeps them out where the node is one person's.
     found: list[tuple[socket.socket, Listener]] = [
@@ -329,9 +367,7 @@ def _listeners(settings: Settings, stack: AsyncExitStack) -> list[tuple[socket.s
     # A socket that nobody listens at any more looks like a node that is down.
     stack.callback(settings.socket_path.unlink, missing_ok=True)
     if settings.listen is not None:
-        host, port = settings.listen
-        names = {f"{name}:{port}" for name in (host if ":" not in host else f"[{host}]", "localhost")}
-        found.append((bind_tcp(host, port), Listener(hosts=frozenset(names))))
+        found.append((bind_tcp(*settings.listen), program_listener(*settings.listen)))
     return found
 
 

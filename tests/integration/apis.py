@@ -100,6 +100,9 @@ class Machine:
     async def status(self) -> Mapping[str, object]:
         return {"status": "fine"}
 
+    async def security(self) -> Mapping[str, object]:
+        return {"proofs": []}
+
     async def doctor(self) -> Sequence[Mapping[str, object]]:
         return []
 
