@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Self
 
-from mycoswarmd.core.roster import Member
+from mycoswarmd.core.roster import MAX_PULL_HASHES, Member, portions
 from mycoswarmd.ctl import finding, operators
 from mycoswarmd.ctl.finding import Address
 from mycoswarmd.ctl.refusals import Doc, refusal
@@ -409,8 +409,8 @@ class Remote:
         self._own.merge(answer.get("statements"))
         want = answer.get("want")
         news = self._own.wanted(want) if isinstance(want, list) else []
-        if news and member.id in self._own.roster.members:
-            body = {"have": self._own.hashes(), "statements": news}
+        for portion in portions(news) if member.id in self._own.roster.members else ():
+            body = {"have": self._own.hashes(), "statements": portion}
             _ask(self._dial(member, address, _SHORT_S), member, path, body)
 
     def _pull(self, address: Address) -> bool:
@@ -423,7 +423,7 @@ class Remote:
 
     def _take(self, stranger: Stranger) -> bool:
         try:
-            answer = stranger.post("/swarm/pull", {"have": self._own.hashes()})
+            answer = stranger.post("/swarm/pull", {"have": self._own.hashes()[:MAX_PULL_HASHES]})
             return self._own.merge(answer.get("statements")) > 0
         except MycoswarmError:
             return False

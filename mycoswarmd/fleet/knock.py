@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mycoswarmd.core.roster import MAX_STATEMENTS
+from mycoswarmd.core.roster import MAX_PULL_HASHES, MAX_STATEMENTS
 from mycoswarmd.errors import BadRequest, MycoswarmError
 from mycoswarmd.flow.ports import Clock
 from mycoswarmd.flow.swarm import Swarm
@@ -27,8 +27,6 @@ WITHIN_S = 5.0
 _ADDRESSES = 3
 _FIRST_DELAY_S, _LONGEST_DELAY_S, _LONGEST_OURS_S = 5.0, 300.0, 60.0
 _WAITING, _REMEMBERED = 64, 512
-# Hashes that fit into what a stranger may send; the answer of a larger roster has some that are known.
-_HAVE = 7_000
 
 # An id, whose addresses the book has, or one address itself.
 Target = str | PeerAddress
@@ -111,7 +109,7 @@ class Knocker:
 
     async def _knock(self, address: PeerAddress) -> int:
         """Ask whoever is there, and return how many statements were new."""
-        body: dict[str, object] = {"have": self._swarm.hashes()[:_HAVE]}
+        body: dict[str, object] = {"have": self._swarm.hashes()[:MAX_PULL_HASHES]}
         port = self._own_port()
         if port is not None:
             body["port"] = port

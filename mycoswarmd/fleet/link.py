@@ -8,12 +8,12 @@ opens nothing.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mycoswarmd.core.roster import MAX_STATEMENTS, Member
+from mycoswarmd.core.roster import MAX_STATEMENTS, Member, portions
 from mycoswarmd.core.types import Unknown
 from mycoswarmd.errors import MycoswarmError, Unavailable
 from mycoswarmd.fleet.hints import Hints
@@ -38,8 +38,6 @@ _SETTLE_S = 0.3
 _PING_S = 600.0
 # A signer that is asked in need signs every five seconds at most.
 _ASK_AGAIN_S = 6.0
-# A request takes 4 MiB, of which the hashes of a full roster are 0.7.
-_PORTION_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +310,7 @@ class Link:
         wanted = as_list(answer.get("want", []), where="want", max_items=MAX_STATEMENTS)
         mine = frozenset(swarm.hashes())
         gifts = swarm.missing(mine - {one for one in wanted if isinstance(one, str)})
-        for portion in _portions(gifts):
+        for portion in portions(gifts):
             # Without `have`, it would answer with its whole roster.
             body = {"have": sorted(mine), "statements": portion}
             await client.ask("POST", "/swarm/sync", body, within_s=_SYNC_WITHIN_S)
@@ -361,20 +359,6 @@ class Link:
             self._became_ready.clear()
         if is_news:
             self._around.changed()
-
-
-def _portions(statements: Sequence[dict[str, object]]) -> Iterator[list[dict[str, object]]]:
-    """Divide statements, in their order, into what one request may carry."""
-    portion: list[dict[str, object]] = []
-    size = 0
-    for one in statements:
-        size += len(str(one["body"]))
-        if portion and size > _PORTION_BYTES:
-            yield portion
-            portion, size = [], len(str(one["body"]))
-        portion.append(one)
-    if portion:
-        yield portion
 
 
 async def _next(words: AsyncGenerator[Word | None, None], *, within_s: float) -> Word | None:

@@ -16,12 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from mycoswarmd.core.enrol import Code, format_code, parse_code
+from mycoswarmd.core.roster import Kind, make_body, signed
+from mycoswarmd.ctl import operators
 from mycoswarmd.trust.certificate import server_name
 from mycoswarmd.trust.identity import IdentityFile
+from mycoswarmd.trust.signer import FileSigner
 from mycoswarmd.trust.tlsctx import Tls
 from tests.nodes import NodeProcess, free_port, write_private
 from tests.unit.ctl.fakenode import Ran, ctl
@@ -444,6 +448,46 @@ def test_an_operator_believes_no_revoked_node(tmp_path: Path) -> None:
         assert pc.row("anna")
         assert laptop.ctl("leave", "--operator", "--yes").code == 0
         assert not pc.row("anna")
+
+
+def test_an_operator_with_a_very_large_roster_gives_it_on_and_hears_that_it_is_out(tmp_path: Path) -> None:
+    pc, laptop = Machine(tmp_path, "pc"), Laptop(tmp_path)
+    count = 7_900  # neither do the hashes fit into a stranger's request, nor the statements into a member's
+    with swarm(pc):
+        code = pc.code("--operator", "--name", "anna")
+        assert laptop.ctl("enroll", "--operator", code, "--address", pc.address).code == 0
+        signer = FileSigner(pc.state / "signer")
+        public = signer.public_key()
+        assert public is not None
+        with mock.patch.dict(os.environ, laptop.env):
+            own = operators.load()
+            swarm_id = own.roster.swarm_id
+            # A stolen signer wrote them elsewhere; only the operator has heard of them yet.
+            wires = [
+                signed(
+                    make_body(
+                        Kind.REVOKE,
+                        swarm=swarm_id,
+                        epoch=0,
+                        by=public.hex(),
+                        node=f"{n:026x}".translate(str.maketrans("0189", "zyxw")),
+                        reason="",
+                    ),
+                    (public, signer.sign),
+                )
+                for n in range(count)
+            ]
+            assert own.merge(wires) == count
+
+        def known() -> int:
+            return len(json.loads(pc.node.call("GET", "/api/swarm").body)["revoked"])
+
+        said = laptop.ctl("--node", "pc", "status")
+        assert (said.code, "could not be brought up to date" in said.err) == (0, False), said.err
+        assert known() == count
+        pc.ok("revoke", "anna", "--yes", "--reason", "laptop lost")
+        gone = laptop.ctl("--node", "pc", "status", "--json")
+        assert (gone.code, gone.json["error"]["code"]) == (3, "operator-revoked")
 
 
 def test_signers_keys_and_leaving(tmp_path: Path) -> None:

@@ -32,7 +32,13 @@ from mycoswarmd.core.roster.statement import (
     parse_statement,
     signed,
 )
-from mycoswarmd.core.roster.statements import MAX_ROSTER_BYTES, MAX_STATEMENTS, StatementSet
+from mycoswarmd.core.roster.statements import (
+    MAX_PULL_HASHES,
+    MAX_ROSTER_BYTES,
+    MAX_STATEMENTS,
+    StatementSet,
+    portions,
+)
 from mycoswarmd.core.roster.view import Member, Roster, digest_of
 
 __all__ = [
@@ -40,6 +46,7 @@ __all__ = [
     "MAX_BODY_BYTES",
     "MAX_EPOCH",
     "MAX_KEEP_BODY_BYTES",
+    "MAX_PULL_HASHES",
     "MAX_REKEYS",
     "MAX_ROSTER_BYTES",
     "MAX_STATEMENTS",
@@ -63,6 +70,7 @@ __all__ = [
     "node_id_of",
     "parse_beacon",
     "parse_statement",
+    "portions",
     "read_new",
     "sign_beacon",
     "signed",

@@ -5,13 +5,13 @@ adding is all or nothing; and what it means is worked out anew from all of them 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Final
 
 from mycoswarmd.core.roster.settle import settle
-from mycoswarmd.core.roster.statement import Kind, Statement
+from mycoswarmd.core.roster.statement import Kind, Statement, canonical
 from mycoswarmd.core.roster.view import Roster, View
 from mycoswarmd.errors import BadRequest, Unavailable
 
@@ -23,6 +23,10 @@ RESERVED_STATEMENTS: Final = 500
 # Whoever was named by a stolen signer, and by whoever that named, is no better than that.
 MAX_QUIET_STATEMENTS: Final = 2_000
 RESERVED_BYTES: Final = 2 << 20
+# A stranger may send 512 KiB: so many hashes fit. The answer of a larger roster has some that are known.
+MAX_PULL_HASHES: Final = 7_000
+# A member may send 4 MiB, of which the hashes of a full roster are 0.7.
+_PORTION_BYTES: Final = 2 << 20
 
 
 class StatementSet:
@@ -194,3 +198,17 @@ class StatementSet:
 
 def _other_swarm() -> BadRequest:
     return BadRequest("other-swarm", "cannot accept the statements: they are of another swarm")
+
+
+def portions(wires: Iterable[dict[str, object]]) -> Iterator[list[dict[str, object]]]:
+    """Divide statements in wire form, in their order, into what one request may carry."""
+    portion: list[dict[str, object]] = []
+    size = 0
+    for one in wires:
+        size += (more := len(canonical(one)) + 1)
+        if portion and size > _PORTION_BYTES:
+            yield portion
+            portion, size = [], more
+        portion.append(one)
+    if portion:
+        yield portion

@@ -1,18 +1,23 @@
 """What statements mean together: who is in, who may sign, and that doubt puts out."""
 
 import hashlib
+import json
 from itertools import pairwise
 
 import pytest
 
+from mycoswarmd.api.routes import ROUTES
 from mycoswarmd.core.roster import (
+    MAX_PULL_HASHES,
     MAX_REKEYS,
+    MAX_STATEMENTS,
     Kind,
     Statement,
     StatementSet,
     digest_of,
     encode_statement,
     parse_beacon,
+    portions,
     read_new,
 )
 from mycoswarmd.core.types import Role
@@ -25,6 +30,9 @@ A, B, C, D = (key("node", name) for name in "abcd")
 S1, S2, S3, S4 = M.signer, key("signer", 2), key("signer", 3), key("signer", 4)
 ADMIT_A, ADMIT_B, ADMIT_C, ADMIT_D = (
     M.admit(one, name) for one, name in zip((A, B, C, D), "abcd", strict=True)
+)
+SYNC_BYTES, PULL_BYTES = (
+    next(one.body_bytes for one in ROUTES if one.path == f"/swarm/{name}") for name in ("sync", "pull")
 )
 ADMIT_FIRST = M.admit(M.first, "first")  # who holds the first signing key
 
@@ -697,3 +705,27 @@ def test_a_beacon_of_another_swarm_says_so_itself() -> None:
 def test_what_a_person_reads_never_has_a_strangers_escape_codes() -> None:
     with pytest.raises(BadRequest):
         parse(M.wire(Kind.REVOKE, S1, by=S1.hex, node=A.id, reason="\x1b]0;x"))
+
+
+# --- what one request carries --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["many-small", "few-large"])
+def test_a_portion_and_all_hashes_fit_into_one_request(large: bool) -> None:
+    small = M.wire(Kind.LEAVE, A, node=A.id, key=A.hex)  # of its kind, what is around the body is most
+    wires = [
+        {**small, "body": "x" * 1_398_104 if large else small["body"]} for _ in range(9 if large else 9_500)
+    ]
+    have = [f"{n:064x}" for n in range(MAX_STATEMENTS)]
+    parts = list(portions(wires))
+    assert [one for part in parts for one in part] == wires
+    for part in parts:
+        body = json.dumps({"have": have, "statements": part, "port": 65535, "fresh": True})
+        assert len(body) <= SYNC_BYTES
+    assert len(parts) <= (9 if large else 3)
+    assert list(portions([])) == []
+
+
+def test_the_hashes_of_a_pull_fit_into_one_request() -> None:
+    have = [f"{n:064x}" for n in range(MAX_PULL_HASHES)]
+    assert len(json.dumps({"have": have, "port": 65535})) <= PULL_BYTES
