@@ -7,6 +7,7 @@ Source: landlock(7), seccomp(2), capabilities(7), getrlimit(2), mount(2).
 """
 
 import ctypes
+import errno
 import os
 import resource
 import struct
@@ -16,6 +17,7 @@ from mycoswarmd.errors import CageError
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
+PR_SET_CHILD_SUBREAPER = 36
 PR_SET_SECCOMP, PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 22, 23, 24, 28
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 SECCOMP_MODE_FILTER = 2
@@ -23,6 +25,8 @@ SECCOMP_MODE_FILTER = 2
 CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
 # NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE with their locks, and KEEP_CAPS locked off.
 SECUREBITS = 0b1110_1111
+# Where a cage without a process namespace of its own keeps the list of the agent's children open.
+CHILDREN_FD = 4
 LAST_CAPABILITY = 63  # asking for more than the kernel has gives EINVAL, which ends the loop
 
 MS_REMOUNT = 0x20
@@ -46,7 +50,7 @@ LANDLOCK_SCOPE_ABI, LANDLOCK_SCOPE = 6, 0b11  # abstract unix sockets, signals
 
 def apply(body: Mapping[str, object], payload: bytes) -> None:
     """Carry out the steps of a CONFINE frame; its payload is the seccomp program."""
-    refuse_host_root()
+    refuse_host_root(may_be_mapped=body.get("maps_root") is True)
     refuse_descriptors()
     steps = body["steps"]
     assert isinstance(steps, list)
@@ -84,13 +88,19 @@ def _is_plain(path: str) -> bool:
     return os.path.lexists(path) and os.path.realpath(path) == path
 
 
-def refuse_host_root() -> None:
-    """Refuse to work where this process is root outside the cage."""
-    with open("/proc/self/uid_map", encoding="ascii") as lines:
-        for line in lines:
-            _, outside, count = (int(field) for field in line.split())
-            if outside == 0 and count:
-                raise CageError("cage-setup", "cannot work in a cage that maps the machine's root")
+def refuse_host_root(*, may_be_mapped: bool = False) -> None:
+    """Refuse to work where this process is root outside the cage, or, unless told otherwise, root is mapped.
+
+    systemd's user namespaces always map root, for who has the rights to become it.
+    """
+    own = {*os.getresuid(), *os.getresgid(), *os.getgroups()}
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/self/{name}", encoding="ascii") as lines:
+            for line in lines:
+                inside, outside, count = (int(field) for field in line.split())
+                is_root = any(inside <= one < inside + count and outside + one - inside == 0 for one in own)
+                if is_root or (outside == 0 and count and not may_be_mapped):
+                    raise CageError("cage-setup", "cannot work in a cage that maps the machine's root")
 
 
 def refuse_descriptors() -> None:
@@ -123,9 +133,11 @@ def prctl(option: int, *arguments: int) -> int:
 
 
 def _rlimit(step: Mapping[str, object], _: bytes) -> None:
-    value = step["value"]
+    value, which = step["value"], getattr(resource, f"RLIMIT_{step['name']}")
     assert isinstance(value, int)
-    resource.setrlimit(getattr(resource, f"RLIMIT_{step['name']}"), (value, value))
+    hard = resource.getrlimit(which)[1]
+    least = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(which, (least, least))
 
 
 def _remount(step: Mapping[str, object], _: bytes) -> None:
@@ -135,6 +147,21 @@ def _remount(step: Mapping[str, object], _: bytes) -> None:
     flags = MS_REMOUNT | sum(MOUNT_FLAGS[name] for name in names)
     bounds = f"size={step['bytes']},nr_inodes={step['files']}".encode()
     call("mount", None, str(step["path"]).encode(), None, ctypes.c_ulong(flags), bounds)
+
+
+def _adopt(_step: Mapping[str, object], _: bytes) -> None:
+    """Become the parent of every descendant that loses its own, so that `program.sweep` finds all of them."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    fd = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY | os.O_CLOEXEC)
+    if fd != CHILDREN_FD:  # the lowest that is free, after refuse_descriptors
+        raise OSError(errno.EBADF, f"descriptor {fd} was free")
+
+
+def _quiet(_step: Mapping[str, object], _: bytes) -> None:
+    """Part with standard error: what an agent says of its task is nothing for the machine's journal."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def _drop_capabilities(_step: Mapping[str, object], _: bytes) -> None:
@@ -198,6 +225,8 @@ def _seccomp(_step: Mapping[str, object], program: bytes) -> None:
 STEPS: dict[str, Callable[[Mapping[str, object], bytes], None]] = {
     "rlimit": _rlimit,
     "remount": _remount,
+    "adopt": _adopt,
+    "quiet": _quiet,
     "drop-capabilities": _drop_capabilities,
     "no-new-privileges": _no_new_privileges,
     "landlock": _landlock,

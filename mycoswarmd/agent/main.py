@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from mycoswarmd.agent import confine
 from mycoswarmd.agent.link import Cancelled, Frames, Link
 from mycoswarmd.agent.loop import Ending, Loop, parse_job
-from mycoswarmd.agent.program import sweep
+from mycoswarmd.agent.program import sweep, sweep_children
 from mycoswarmd.agent.snapshot import Harvest, made_directories, unpack
 from mycoswarmd.agent.tools import Workbench
 from mycoswarmd.errors import BadRequest, CageError, MycoswarmError
@@ -80,7 +80,8 @@ def work(channel: Frames, link: Link, confinement: Mapping[str, object]) -> None
         programs=tuple(as_str(one, where="programs", max_len=4096) for one in programs),
         shown_names={name: path for name, path in shown.items() if name != path},
         watch=(link.fileno(), link.check),
-        sweep=sweep,
+        # Where other processes live beside the agent it ends those that it knows.
+        sweep=sweep_children if confinement.get("maps_root") is True else sweep,
     )
     ending = Loop(job=parse_job(frame.body), link=link, bench=bench, files=files).run()
     harvest = Harvest(root, before)

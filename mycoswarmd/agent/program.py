@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import IO
 
+from mycoswarmd.agent.confine import CHILDREN_FD
 from mycoswarmd.agent.files import OUTPUT_BYTES, Outcome
 from mycoswarmd.errors import CageError
 
@@ -23,6 +24,8 @@ _READ_BYTES = 64 << 10
 # What may still be in the pipe at the end; a background child that prints on must not hold us.
 _LAST_READS = 64
 _FIRST_PIDS = 10
+# Each generation of orphans is found when the one before it has died.
+_SWEEPS = 1000
 # Fresh: nothing of the daemon's or the cage's environment reaches a program.
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/bin:/bin",
@@ -160,8 +163,8 @@ def _feed(sink: IO[bytes], pending: memoryview) -> memoryview:
 def _kill(process: subprocess.Popen[bytes], sweep_rest: Callable[[], None]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()  # a session's leader cannot leave its group: it is dying
     sweep_rest()
-    process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(BrokenPipeError):
@@ -175,6 +178,18 @@ def sweep() -> None:
         raise CageError("cage-setup", "cannot end programs: the agent has no process namespace of its own")
     with suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
+
+
+def sweep_children() -> None:
+    """Kill all descendants, where other processes live as well; orphans have become children (`adopt`)."""
+    for _ in range(_SWEEPS):
+        children = os.pread(CHILDREN_FD, _READ_BYTES, 0).split()
+        if not children:
+            return
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)  # not yet waited for: the number cannot be another's
+            os.waitpid(int(child), 0)
+    raise CageError("cage-setup", "cannot end programs: they multiply faster than they die")
 
 
 def _ending(code: int) -> str:

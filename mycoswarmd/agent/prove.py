@@ -15,7 +15,9 @@ import mmap
 import os
 import resource
 import signal
+import stat
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from mycoswarmd.agent.confine import (
     CAPABILITY_HEADER,
@@ -30,6 +32,7 @@ from mycoswarmd.errors import CageError
 PR_GET_PDEATHSIG, PR_GET_SECCOMP, PR_CAPBSET_READ, PR_GET_SECUREBITS, PR_GET_NO_NEW_PRIVS = 2, 21, 23, 27, 39
 CLONE_NEWUSER = 0x10000000
 TIOCSTI = 0x5412
+X32_GETPID = 0x40000000 + 39
 # Address families run to 45 (AF_MCTP) today; a few more for the next kernels.
 FAMILIES = range(1, 50)
 NOTHING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -42,9 +45,20 @@ Expect = Mapping[str, object]
 Probe = Callable[[Expect], str | None]
 
 
-def run(body: Mapping[str, object]) -> dict[str, object]:
-    """Run the probes that a CONFINE frame demands and return the body of the PROOF frame."""
-    demanded, expect = body["probes"], body["expect"]
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found before the agent confined itself."""
+
+    held: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+    group: str = ""
+
+
+def survey(body: Mapping[str, object]) -> Survey:
+    """Run the probes that a CONFINE frame demands of the cage's maker alone, as `unit:NAME`."""
+    demanded, expect = body.get("before"), body["expect"]
+    if demanded is None:
+        return Survey()
     assert isinstance(demanded, list)
     assert isinstance(expect, dict)
     held: list[str] = []
@@ -52,10 +66,38 @@ def run(body: Mapping[str, object]) -> dict[str, object]:
     for name in demanded:
         found = _run_one(name, expect)
         if found is None:
+            held.append(f"unit:{name}")
+        else:
+            broken.append(f"unit:{name}: {found}")
+    return Survey(tuple(held), tuple(broken), _own_group())
+
+
+def run(body: Mapping[str, object], before: Survey | None = None) -> dict[str, object]:
+    """Run the probes that a CONFINE frame demands and return the body of the PROOF frame.
+
+    A probe that is only wanted is not broken when it does not hold: the node counts it as absent.
+    """
+    before = before or Survey()
+    demanded, wanted, expect = body["probes"], body.get("wanted", []), body["expect"]
+    assert isinstance(demanded, list)
+    assert isinstance(wanted, list)
+    assert isinstance(expect, dict)
+    held, broken = [*before.held], [*before.broken]
+    for name in demanded:
+        found = _run_one(name, expect)
+        if found is None:
             held.append(name)
         else:
             broken.append(f"{name}: {found}")
-    return {"held": held, "broken": broken, "absent": body["absent"], "level": body["level"]}
+    held += [name for name in wanted if _run_one(name, expect) is None]
+    proof = {"held": held, "broken": broken, "absent": body["absent"], "level": body["level"]}
+    return {**proof, "group": before.group} if before.group else proof
+
+
+def _own_group() -> str:
+    """Return the own control group as cgroup2 names it, or "" on a machine that has none."""
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
+        return next((line[3:].rstrip("\n") for line in lines if line.startswith("0::")), "")
 
 
 def _run_one(name: str, expect: Expect) -> str | None:
@@ -116,11 +158,30 @@ def _size(expect: Expect, path: str) -> str | None:
     return _is(is_small and 0 < found.f_files <= files[path], "has no bound")
 
 
+def _disk_quota(expect: Expect) -> str | None:
+    quotas = expect["quotas"]
+    assert isinstance(quotas, dict)
+    large = [path for path, size in quotas.items() if _bytes_of(path) > size + 8192]
+    return _is(not large, f"is larger in {large}")
+
+
+def _bytes_of(path: str) -> int:
+    found = os.statvfs(path)
+    return found.f_blocks * found.f_frsize
+
+
 def _rlimit(expect: Expect, name: str) -> str | None:
     limits = expect["rlimits"]
     assert isinstance(limits, dict)
-    found = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
-    return _is(found == (limits[name], limits[name]), f"is {found}")
+    soft, hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+    return _is(soft == hard and 0 <= hard <= limits[name], f"is {soft, hard}")
+
+
+def _unit_rlimit(expect: Expect, name: str) -> str | None:
+    limits = expect["unit_rlimits"]
+    assert isinstance(limits, dict)
+    hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
+    return _is(0 <= hard <= limits[name], f"is {hard}")
 
 
 def _call(expect: Expect, name: str) -> str | None:
@@ -128,6 +189,19 @@ def _call(expect: Expect, name: str) -> str | None:
     assert isinstance(numbers, dict)
     wrong = ctypes.c_long(-1)
     return _fails(lambda: system_call(numbers[name], wrong, wrong, wrong, wrong, wrong, wrong), NO_CALL)
+
+
+def _reach(_: Expect, path: str) -> str | None:
+    """Hold where a server's socket can neither be seen nor connected to."""
+    if os.path.lexists(path):
+        return "is in sight"
+    return _fails(lambda: _connect(path), (errno.EAFNOSUPPORT, errno.EPERM))
+
+
+def _connect(path: str) -> None:
+    fd = call("socket", 1, 1, 0)
+    os.close(fd)
+    raise OSError(errno.EISCONN, f"a socket could be made for {path}")
 
 
 def _path(_: Expect, path: str) -> str | None:
@@ -163,9 +237,11 @@ def _environment(expect: Expect) -> str | None:
     return _is(not extra, f"holds {' '.join(sorted(extra))}")
 
 
-def _descriptors(_: Expect) -> str | None:
+def _descriptors(expect: Expect) -> str | None:
     extra = []
-    for fd in range(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+    allowed = expect.get("descriptors", 4)
+    assert isinstance(allowed, int)
+    for fd in range(allowed, resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_GETFD)
             extra.append(fd)
@@ -184,16 +260,98 @@ def _capabilities(_: Expect) -> str | None:
     return _is(not any(sets) and not any(bounding), "some are left")
 
 
-def _sockets(_: Expect) -> str | None:
+def _sockets_fail(with_errno: int) -> str | None:
     made = []
     for family in FAMILIES:
         for kind in (1, 2, 3, 5):
             fd = LIBC.socket(family, kind, 0)
-            if fd >= 0 or ctypes.get_errno() != errno.EPERM:
+            if fd >= 0 or ctypes.get_errno() != with_errno:
                 made.append(family)
             if fd >= 0:
                 os.close(fd)
     return _is(not made, f"has families {sorted(set(made))}")
+
+
+def _child_dies_of(signal_number: int, attempt: Callable[[], object]) -> str | None:
+    """Hold when the kernel kills a child for the attempt."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(OSError):
+            attempt()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return _is(status == -signal_number, f"ends with {status}")
+
+
+def _dynamic_identity(expect: Expect) -> str | None:
+    allowed = expect["uids"]
+    assert isinstance(allowed, list)
+    ids = {*os.getresuid(), *os.getresgid(), *os.getgroups()}
+    return _is(len(ids) == 1 and allowed[0] <= min(ids) <= allowed[1], f"is {sorted(ids)}")
+
+
+def _streams(_: Expect) -> str | None:
+    null = os.stat("/dev/null").st_rdev
+    others = [
+        fd for fd in (0, 1, 2) if not stat.S_ISCHR(os.fstat(fd).st_mode) or os.fstat(fd).st_rdev != null
+    ]
+    return _is(not others, f"leads elsewhere on {others}")
+
+
+def _devices(expect: Expect) -> str | None:
+    allowed = expect["devices"]
+    assert isinstance(allowed, list)
+    extra = sorted({*os.listdir("/dev")} - {*allowed})
+    return _is(not extra, f"has {extra}")
+
+
+def _processes(_: Expect) -> str | None:
+    """Hold when no process of another user is seen."""
+    others = [name for name in os.listdir("/proc") if name.isdigit() and not _is_own(f"/proc/{name}")]
+    return _is(not others, f"sees {len(others)} of others")
+
+
+def _is_own(path: str) -> bool:
+    try:
+        return os.stat(path).st_uid == os.getuid()
+    except FileNotFoundError:  # it has just ended
+        return True
+
+
+def _no_network(_: Expect) -> str | None:
+    """Hold when there is no way out even for one who had a socket: one interface, which leads back."""
+    with open("/proc/self/net/dev", encoding="ascii") as lines:
+        names = [line.partition(":")[0].strip() for line in lines if ":" in line]
+    return _is(names == ["lo"], f"has {names}")
+
+
+def _no_shared_ipc(_: Expect) -> str | None:
+    """Hold when nobody's System V objects are in sight."""
+    found = []
+    for name, command in (("shmctl", 14), ("semctl", 19), ("msgctl", 12)):
+        info = (ctypes.c_int * 64)()
+        arguments = (0, 0, command, info) if name == "semctl" else (0, command, info)
+        call(name, *arguments)
+        # How many there are: the first field of shm_info, and of seminfo and msginfo the one reused for it.
+        if info[{"shmctl": 0, "semctl": 7, "msgctl": 0}[name]]:
+            found.append(name[:3])
+    return _is(not found, f"sees {found}")
+
+
+def _umask(expect: Expect) -> str | None:
+    found = os.umask(0o077)
+    os.umask(found)
+    return _is(found == expect["umask"], f"is {found:03o}")
+
+
+def _code_from_data(_: Expect) -> str | None:
+    protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    return _fails(lambda: mmap.mmap(-1, 4096, mmap.MAP_PRIVATE, protection).close(), REFUSED)
+
+
+def _stop_guard(_: Expect) -> str | None:
+    # Nobody has this number: the filter must refuse before the kernel has looked.
+    return _fails(lambda: os.kill(0x3FFFFFFF, signal.SIGSTOP), (errno.EPERM,))
 
 
 def _clone_namespace(expect: Expect) -> str | None:
@@ -269,7 +427,19 @@ PROBES: dict[str, Probe] = {
     "dies-with-node": lambda _: _is(_parent_death_signal() == signal.SIGKILL, "would outlive it"),
     # The link is made by the file system's own pid namespace: the machine's /proc would give another number.
     "own-processes": lambda _: _is(os.readlink("/proc/self") == str(os.getpid()), "sees the machine's"),
-    "sockets": _sockets,
+    "sockets": lambda _: _sockets_fail(errno.EPERM),
+    "address-families": lambda _: _sockets_fail(errno.EAFNOSUPPORT),
+    "foreign-calls": lambda _: _child_dies_of(signal.SIGSYS, lambda: system_call(X32_GETPID)),
+    "dynamic-identity": _dynamic_identity,
+    "streams": _streams,
+    "devices": _devices,
+    "processes": _processes,
+    "no-network": _no_network,
+    "no-shared-ipc": _no_shared_ipc,
+    "umask": _umask,
+    "code-from-data": _code_from_data,
+    "stop-guard": _stop_guard,
+    "disk-quota": _disk_quota,
     "clone-namespace": _clone_namespace,
     "setuid-file": _setuid_file,
     "terminal-input": _terminal_input,
@@ -286,6 +456,8 @@ FAMILIES_OF_PROBES: dict[str, Callable[[Expect, str], str | None]] = {
     "mount": _mount,
     "size": _size,
     "rlimit": _rlimit,
+    "unit-rlimit": _unit_rlimit,
+    "reach": _reach,
     "call": _call,
     "hidden": _path,
     "unwritable": _write,

@@ -28,8 +28,10 @@ def prove_confinement(channel: Channel) -> Mapping[str, object]:
     if frame.type is not FrameType.CONFINE:
         raise CageError("cage-setup", "cannot start: the first frame is not CONFINE")
     try:
+        # What the cage's maker holds by itself can only be asked before the agent adds its own.
+        before = prove.survey(frame.body)
         confine.apply(frame.body, frame.payload)
-        proof = prove.run(frame.body)
+        proof = prove.run(frame.body, before)
     except CageError as exc:
         # What cannot be confined gets no task: the node sees `error` and closes.
         channel.send(

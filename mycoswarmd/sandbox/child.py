@@ -72,7 +72,7 @@ class Child:
         """Wait for the end of the started process and return its code, negative for a signal."""
         if self._process.returncode is None:
             assert self._pidfd is not None
-            await _wait_readable(self._pidfd)
+            await wait_readable(self._pidfd)
             self._process.wait()
         return self._process.returncode
 
@@ -108,7 +108,7 @@ class Child:
 
     async def _wait_all(self) -> int:
         if self._init_pidfd is not None:
-            await _wait_readable(self._init_pidfd)
+            await wait_readable(self._init_pidfd)
             with suppress(TimeoutError):
                 async with asyncio.timeout(COLLECT_S):
                     return await self.wait()
@@ -126,7 +126,7 @@ class Child:
         if self._info_fd is not None and self._init_pidfd is None and self._process.poll() is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(COLLECT_S):
-                    await _wait_readable(self._info_fd)
+                    await wait_readable(self._info_fd)
 
     def _find_init(self) -> None:
         """Learn the first process of the confined, as soon as bubblewrap has told it."""
@@ -192,7 +192,7 @@ def ends_well(argv: Sequence[str], *, identity: tuple[int, int] | None = None, w
     return "" if done.returncode == 0 else words or describe_end(done.returncode)
 
 
-async def _wait_readable(fd: int) -> None:
+async def wait_readable(fd: int) -> None:
     """Wait until a descriptor can be read, as a pidfd can at the end; several may wait for the same."""
     loop = asyncio.get_running_loop()
     # An own descriptor for each waiter: the loop keeps one reader for a number.

@@ -73,10 +73,24 @@ CONDITIONAL: Mapping[str, Conditional] = {
     "openat": Conditional((Test(2, O_CREAT_OR_TMPFILE, _CREATES), _has_setid(3))),
 }
 
+# Whoever watches over a cage from within may be killed, which ends the cage, but not be stopped.
+_F_SETSIG, _SIGSTOP = 10, 19
+NO_STOPPING: Mapping[str, Conditional] = {
+    **{
+        name: Conditional((Test(argument, 0xFFFFFFFF, (_SIGSTOP,)),))
+        for name, argument in (
+            ("kill", 1), ("tkill", 1), ("tgkill", 2), ("rt_sigqueueinfo", 1), ("rt_tgsigqueueinfo", 2),
+            ("pidfd_send_signal", 1),
+        )
+    },
+    # The signal that tells of a ready descriptor, to whom its owner likes.
+    "fcntl": Conditional((Test(1, 0xFFFFFFFF, (_F_SETSIG,)),)),
+}  # fmt: skip
+
 Instruction = tuple[int, int, int, int]
 
 
-def build_filter(machine: str, *, may_execute: bool = True) -> bytes:
+def build_filter(machine: str, *, may_execute: bool = True, may_stop: bool = True) -> bytes:
     """Assemble the filter for a machine as `uname -m` names it."""
     if machine not in NUMBERS:
         raise CageError(
@@ -85,6 +99,8 @@ def build_filter(machine: str, *, may_execute: bool = True) -> bytes:
             hint=f"cages are built on {' and '.join(sorted(NUMBERS))}",
         )
     actions = _actions(NUMBERS[machine], may_execute=may_execute)
+    if not may_stop:
+        actions |= {NUMBERS[machine][name]: test for name, test in NO_STOPPING.items()}
     code: list[Instruction] = [
         (LD, 0, 0, ARCH_AT),
         (JEQ, 1, 0, AUDIT_ARCH[machine]),
