@@ -135,7 +135,7 @@ def exposed(box: Box, found: list[Listener]) -> Iterator[Finding]:
             yield Finding(
                 name=f"exposed: {known}",
                 severity=Severity.BROKEN,
-                detail=f"Port {one.port} is open to the network: anybody can use {known} there, past the policy.",
+                detail=f"Port {one.port} is open to the network: anybody can use {known}, past the policy.",
                 fix=_closed(box, known, one.port),
             )
         elif one.port in _PERHAPS:
@@ -144,7 +144,7 @@ def exposed(box: Box, found: list[Listener]) -> Iterator[Finding]:
             yield Finding(
                 name=f"open port {one.port}",
                 severity=Severity.NOTE,
-                detail=f"Port {one.port} is open to the network{who}; if that is an engine, bind it to 127.0.0.1.",
+                detail=f"Port {one.port} is open to the network{who}: an engine belongs at 127.0.0.1.",
                 fix=f"sudo ss -ltnp 'sport = :{one.port}'",
             )
     if box.is_running and not seen:

@@ -202,7 +202,11 @@ def _mapped(value: _Row, packet: Packet) -> tuple[_Row | None, bool]:
 
 def _fits(match: _Row, packet: Packet) -> bool | None:
     """Tell whether a packet fits; None when that cannot be told."""
-    fits = _compared(match["left"], match["right"], packet)
+    left = match["left"]
+    payload = left.get("payload") if isinstance(left, dict) else None
+    if isinstance(payload, dict) and not _is_of(str(payload.get("protocol")), packet):
+        return False  # a packet without such a field fits neither a value nor its opposite
+    fits = _compared(left, match["right"], packet)
     return fits if fits is None or match["op"] in {"==", "in"} else not fits
 
 
@@ -223,16 +227,17 @@ def _compared(left: _Value, right: _Value, packet: Packet) -> bool | None:
     return None
 
 
+def _is_of(protocol: str, packet: Packet) -> bool:
+    """Tell whether a packet has a header of this kind."""
+    return protocol in {"ip", "ether", "th", packet.protocol}
+
+
 def _payload(protocol: str, name: str, right: _Value, packet: Packet) -> bool | None:
-    if protocol in {"tcp", "udp", "th"}:
-        if protocol not in {"th", packet.protocol}:
-            return False
-        return _among(packet.port, right) if name == "dport" else None
-    if protocol == "ip":
-        if name == "protocol":
-            return _among(packet.protocol, right)
-        return _within(packet.to, right) if name == "daddr" and packet.to else None
-    return None if protocol == "ether" else False
+    if name == "dport":
+        return _among(packet.port, right)
+    if protocol == "ip" and name == "protocol":
+        return _among(packet.protocol, right)
+    return _within(packet.to, right) if protocol == "ip" and name == "daddr" else None
 
 
 def _among(value: str | int, right: _Value) -> bool | None:
@@ -255,7 +260,10 @@ def _within(address: str, right: _Value) -> bool | None:
     if isinstance(right, dict) and "prefix" in right:
         right = f"{right['prefix']['addr']}/{right['prefix']['len']}"
     try:
-        return ipaddress.ip_address(address) in ipaddress.ip_network(str(right), strict=False)
+        network = ipaddress.ip_network(str(right), strict=False)
+        if not address:  # of this machine, whatever it is
+            return False if network.is_multicast else None
+        return ipaddress.ip_address(address) in network
     except ValueError:
         return None
 
