@@ -377,10 +377,10 @@ class Swarm:
             self._heard_at_s[row.signer] = self._clock.boot_s()
 
     async def _try_beacon(self) -> None:
-        """Sign a beacon; that the disk is full is no reason to stop anything else."""
+        """Sign a beacon; that the disk is full or the signer away is no reason to stop anything else."""
         try:
             await self._beacon()
-        except StoreError as exc:
+        except (StoreError, Unavailable) as exc:
             log.warning("no beacon was signed: %s", exc.message)
 
     async def _beacon_if_older(self, than_s: float) -> None:

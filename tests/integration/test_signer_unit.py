@@ -1,0 +1,465 @@
+"""The signer's unit: it signs statements and beacons for the node, and nobody gets its key."""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mycoswarmd.core.roster import BEACON_CONTEXT, SIGNING_CONTEXT, Kind, make_body, sign_beacon, signed
+from mycoswarmd.daemon.clock import SystemClock
+from mycoswarmd.errors import BadRequest, ConfigError, LocalProtocolError, NotFound, Unavailable
+from mycoswarmd.flow.swarmports import Signer
+from mycoswarmd.outposts import signer as signer_module
+from mycoswarmd.trust.keyfile import read_key
+from mycoswarmd.trust.keys import make_seed, public_key, sign, verify
+from mycoswarmd.trust.signer import FileSigner, UnitSigner
+from mycoswarmd.wire.signing import (
+    ANSWER_BYTES,
+    MESSAGE_BYTES,
+    Answer,
+    Do,
+    Failed,
+    Failure,
+    Request,
+    encode_answer,
+    encode_request,
+    parse_answer,
+    parse_request,
+)
+
+pytestmark = pytest.mark.integration
+PROGRAM = [sys.executable, "-I", "-m", "mycoswarmd.daemon.signerunit"]
+STATEMENT = SIGNING_CONTEXT + b'{"kind":"admit"}'
+# What the signer of a TLS 1.3 server signs (RFC 8446, 4.4.3): with the key one could be a server in its name.
+TLS = b" " * 64 + b"TLS 1.3, server CertificateVerify\0" + b"h" * 32
+OTHERS = [
+    b"",
+    b"\0",
+    TLS,
+    SIGNING_CONTEXT[:-1],
+    SIGNING_CONTEXT[:-1] + b"{}",
+    b" " + STATEMENT,
+    STATEMENT[1:],
+    STATEMENT.upper(),
+    b"mycoswarm-roster-v2\0{}",
+    b"mycoswarm-recovery-v1\0{}",
+    b"mycoswarm-pop" + b"x" * 32,
+    b"mycoswarm-enrol-v1",
+    BEACON_CONTEXT[:10],
+    BEACON_CONTEXT[:-1] + b"\n",
+    os.urandom(64),
+]
+
+
+class UnitManager:
+    """Does in a thread what PID 1 does for the unit, for the signer's calls are synchronous."""
+
+    def __init__(self, top: Path, argv: list[str]) -> None:
+        self.path = top / "s"
+        self.programs: list[subprocess.Popen[bytes]] = []
+        self._argv = argv
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                argv, env = self._argv, {"LANG": "C.UTF-8"}
+                self.programs.append(subprocess.Popen(argv, stdin=connection.fileno(), env=env))
+
+    def end(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+        for program in self.programs:
+            program.kill()
+            program.wait()
+
+
+@contextmanager
+def place() -> Iterator[Path]:
+    """Yield a directory with the unit's state directory in it; short, for the socket."""
+    with tempfile.TemporaryDirectory(prefix="g-") as name:
+        (Path(name) / "state").mkdir(mode=0o700)
+        yield Path(name)
+
+
+@contextmanager
+def unit(
+    top: Path, argv: list[str] | None = None, *, within_s: float = 10.0, retry_s: float = 0.0
+) -> Iterator[tuple[UnitSigner, UnitManager]]:
+    """Hold the node's side of a unit."""
+    manager = UnitManager(top, argv or [*PROGRAM, "--state", str(top / "state")])
+    node = UnitSigner(manager.path, clock=SystemClock(), within_s=within_s, retry_s=retry_s)
+    try:
+        yield node, manager
+    finally:
+        node.close()
+        manager.end()
+
+
+class Recorder:
+    """The node's end of a connection to the program, which keeps all that came."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.heard = b""
+
+    def ask(self, line: bytes) -> dict[str, Any]:
+        self._sock.sendall(line)
+        before = len(self.heard)
+        while not self.heard.endswith(b"\n") or len(self.heard) == before:
+            piece = self._sock.recv(65536)
+            assert piece, "the program ended"
+            self.heard += piece
+        answer: dict[str, Any] = json.loads(self.heard[before:])
+        return answer
+
+    def is_over(self) -> bool:
+        return self._sock.recv(1) == b""
+
+
+@contextmanager
+def program(state: Path) -> Iterator[tuple[Recorder, subprocess.Popen[bytes]]]:
+    ours, its = socket.socketpair()
+    argv = [*PROGRAM, "--state", str(state)]
+    with ours, subprocess.Popen(argv, stdin=its.fileno(), env={"LANG": "C.UTF-8"}) as process:
+        its.close()
+        ours.settimeout(20)
+        try:
+            yield Recorder(ours), process
+        finally:
+            process.kill()
+
+
+def test_it_makes_keeps_signs_and_destroys_and_never_tells_the_key() -> None:
+    with place() as top, program(top / "state") as (node, process):
+        assert node.ask(encode_request(Request(Do.PUBLIC))) == {"done": {}}
+        said = node.ask(encode_request(Request(Do.SIGN, STATEMENT)))
+        assert said["failed"]["kind"] == "no-key"
+        public = bytes.fromhex(node.ask(encode_request(Request(Do.CREATE)))["done"]["public"])
+        assert node.ask(encode_request(Request(Do.CREATE)))["done"] == {"public": public.hex()}
+        for message in (STATEMENT, BEACON_CONTEXT + b"{}", SIGNING_CONTEXT + b"x" * (1 << 20)):
+            answer = node.ask(encode_request(Request(Do.SIGN, message)))["done"]
+            assert list(answer) == ["signature"]
+            assert verify(public, bytes.fromhex(answer["signature"]), message)
+        assert node.ask(encode_request(Request(Do.PROVE)))["done"]["proof"]["unit"] == "signer"
+        key = top / "state" / "signer.key"
+        assert key.stat().st_mode & 0o777 == 0o600
+        seed, pem = read_key(key), key.read_bytes()
+        assert seed is not None
+        assert public_key(seed) == public
+        spellings = (seed, seed.hex().encode(), base64.b64encode(seed)[:40], pem.splitlines()[1])
+        assert public.hex().encode() in node.heard  # so would be what is looked for
+        assert not any(spelling in node.heard for spelling in spellings)
+        assert node.ask(encode_request(Request(Do.DESTROY))) == {"done": {}}
+        assert list((top / "state").iterdir()) == []
+        assert node.ask(encode_request(Request(Do.SIGN, STATEMENT)))["failed"]["kind"] == "no-key"
+        assert process.poll() is None
+
+
+def test_it_signs_nothing_but_statements_and_beacons() -> None:
+    with place() as top, program(top / "state") as (node, _):
+        public = bytes.fromhex(node.ask(encode_request(Request(Do.CREATE)))["done"]["public"])
+        # Whoever has the key in a file can be a TLS server in its name.
+        assert verify(public, FileSigner(top / "state").sign(TLS), TLS)
+        for message in OTHERS:
+            said = node.ask(encode_request(Request(Do.SIGN, message)))
+            assert list(said) == ["failed"]
+            assert (said["failed"]["kind"], said["failed"]["code"]) == ("refused", "not-signable")
+        assert "done" in node.ask(encode_request(Request(Do.SIGN, STATEMENT)))  # and goes on
+
+
+@pytest.mark.parametrize(
+    "untrusted",
+    [
+        b"\n",
+        b"{}\n",
+        b'{"v":1,"do":"read"}\n',
+        b'{"v":1,"do":"export"}\n',
+        b'{"v":2,"do":"public"}\n',
+        b'{"v":1,"do":"public","path":"/etc/shadow"}\n',
+        b'{"v":1,"do":"create","seed":"' + b"0" * 64 + b'"}\n',
+        b'{"v":1,"do":"sign"}\n',
+        b'{"v":1,"do":"sign","message":"%%%"}\n',
+        b'{"v":1,"do":"sign","message":["bXljb3N3YXJtLXJvc3Rlci12MQA="]}\n',
+    ],
+)
+def test_what_is_no_request_is_refused(untrusted: bytes) -> None:
+    with place() as top, program(top / "state") as (node, _):
+        assert node.ask(untrusted)["failed"]["kind"] == "refused"
+        assert list((top / "state").iterdir()) == []
+
+
+def test_a_line_without_an_end_is_not_read_for_ever() -> None:
+    with place() as top, program(top / "state") as (node, process):
+        with suppress(OSError):
+            node._sock.sendall(b"x" * (4 << 20))
+        assert process.wait(10) == 0
+
+
+def test_a_message_that_is_too_long_is_not_sent() -> None:
+    with place() as top, unit(top) as (node, _):
+        node.create()
+        with pytest.raises(BadRequest):
+            node.sign(SIGNING_CONTEXT + b"x" * MESSAGE_BYTES)
+        assert node.sign(STATEMENT)
+
+
+@pytest.mark.parametrize("kind", ["file", "unit"])
+def test_both_kinds_of_signer_do_the_same(kind: str) -> None:
+    with place() as top, unit(top) as (node, _):
+        one: Signer = node if kind == "unit" else FileSigner(top / "state")
+        assert one.public_key() is None
+        with pytest.raises(NotFound, match="not-a-signer"):
+            one.sign(STATEMENT)
+        one.destroy()
+        public = one.create()
+        assert one.create() == public == one.public_key()
+        assert verify(public, one.sign(STATEMENT), STATEMENT)
+        body = make_body(
+            Kind.GENESIS, name="home", recovery="0" * 64, signer=public.hex(), nonce="0" * 32, node="a" * 26
+        )
+        assert signed(body, (public, one.sign))
+        assert sign_beacon(swarm="0" * 64, epoch=0, signer=public, n=1, sign=one.sign)["n"] == 1
+        one.destroy()
+        one.destroy()
+        assert one.public_key() is None
+        assert one.create() != public
+
+
+@pytest.mark.parametrize("kind", ["file", "unit"])
+@pytest.mark.parametrize(("spoil", "code"), [("mode", "key-exposed"), ("contents", "key-damaged")])
+def test_both_kinds_say_what_is_wrong_with_a_key(kind: str, spoil: str, code: str) -> None:
+    with place() as top, unit(top) as (node, _):
+        FileSigner(top / "state").create()
+        key = top / "state" / "signer.key"
+        if spoil == "mode":
+            key.chmod(0o644)
+        else:
+            key.write_bytes(b"no key")
+        one: Signer = node if kind == "unit" else FileSigner(top / "state")
+        with pytest.raises(ConfigError) as caught:
+            one.public_key()
+        assert caught.value.code == code
+        assert caught.value.hint
+
+
+def test_a_signer_that_was_killed_or_is_idle_is_started_again() -> None:
+    with place() as top, unit(top) as (node, manager):
+        public = node.create()
+        assert len(manager.programs) == 1
+        assert node.public_key() == public
+        assert verify(public, node.sign(STATEMENT), STATEMENT)
+        assert len(manager.programs) == 1  # one program for all of it
+        for count in (2, 3):
+            os.kill(manager.programs[-1].pid, signal.SIGKILL)
+            manager.programs[-1].wait()
+            assert verify(public, node.sign(STATEMENT), STATEMENT)
+            assert len(manager.programs) == count
+        node.close()
+        assert manager.programs[-1].wait(10) == 0  # the connection is its life
+
+
+def test_a_program_that_is_not_asked_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signer_module, "IDLE_S", 0.05)
+    ours, its = socket.socketpair()
+    with place() as top, ours, its:
+        began_s = time.monotonic()
+        signer_module.serve(its, top / "state", lambda: FileSigner(top / "state"))
+        assert time.monotonic() - began_s < 5
+
+
+def test_a_node_without_a_key_holds_no_program() -> None:
+    with place() as top, unit(top) as (node, manager):
+        assert node.public_key() is None
+        assert manager.programs[0].wait(10) == 0
+        for _ in range(100):
+            assert node.public_key() is None
+        assert len(manager.programs) == 1
+
+
+def test_where_no_unit_is_enabled_the_node_is_no_signer_and_says_how_to_be_one(tmp_path: Path) -> None:
+    node = UnitSigner(tmp_path / "s", clock=SystemClock())
+    assert node.public_key() is None
+    with pytest.raises(NotFound, match="not-a-signer"):
+        node.sign(STATEMENT)
+    node.destroy()
+    with pytest.raises(Unavailable) as caught:
+        node.create()
+    assert caught.value.code == "signer-absent"
+    assert caught.value.hint == "systemctl enable --now mycoswarm-signer.socket"
+
+
+def test_a_signer_that_goes_away_is_an_error_and_not_a_node_without_key() -> None:
+    with place() as top:
+        with unit(top) as (node, _):
+            public = node.create()
+        assert node.public_key() == public
+        with pytest.raises(Unavailable, match="signer-absent"):
+            node.sign(STATEMENT)
+        with pytest.raises(Unavailable, match="signer-absent"):
+            node.destroy()  # it may still be there
+
+
+def test_a_silent_signer_holds_the_node_up_once_and_shortly() -> None:
+    with place() as top, unit(top, ["/bin/sleep", "60"], within_s=0.3, retry_s=60) as (node, manager):
+        began_s = time.monotonic()
+        with pytest.raises(Unavailable, match=r"did not answer within 0\.3 s|timed out") as caught:
+            node.public_key()
+        assert 0.25 < time.monotonic() - began_s < 2
+        assert caught.value.code == "signer-unreachable"
+        began_s = time.monotonic()
+        for _ in range(50):
+            with pytest.raises(Unavailable, match="failed a moment ago"):
+                node.public_key()
+        assert time.monotonic() - began_s < 0.2
+        assert len(manager.programs) == 1
+
+
+SAYS = "exec 1>&0; read line; "
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "hello",
+        "{}",
+        '{"done":{}}',
+        '{"done":{"public":"00"}}',
+        '{"done":{"public":"' + "zz" * 32 + '"}}',
+        '{"failed":{"kind":"other","code":"x","text":""}}',
+        '{"failed":{"kind":"disk","code":"X Y","text":""}}',
+        "x" * (ANSWER_BYTES + 10),
+    ],
+)
+def test_a_signer_that_says_something_else_is_not_believed(answer: str) -> None:
+    argv = ["/bin/sh", "-c", SAYS + 'echo "$0"; sleep 60', answer]
+    with place() as top, unit(top, argv) as (node, _), pytest.raises(Unavailable):
+        node.create()
+
+
+def test_a_signature_that_is_none_is_not_passed_on() -> None:
+    """A signer with another key, or one that signs something else, does not make this node say so."""
+    seed = make_seed()
+    public = encode_answer(Answer(public=public_key(seed))).decode().strip()
+    wrong = encode_answer(Answer(signature=sign(seed, STATEMENT + b" "))).decode().strip()
+    right = encode_answer(Answer(signature=sign(seed, STATEMENT))).decode().strip()
+    for said, is_right in ((right, True), (wrong, False)):
+        script = SAYS + 'echo "$0"; read line; echo "$1"; sleep 60'
+        with place() as top, unit(top, ["/bin/sh", "-c", script, public, said]) as (node, _):
+            node.create()
+            if is_right:
+                assert node.sign(STATEMENT)
+            else:
+                with pytest.raises(Unavailable, match="signer-failed"):
+                    node.sign(STATEMENT)
+
+
+def test_the_lines_arrive_as_they_were() -> None:
+    for request in (Request(Do.PUBLIC), Request(Do.SIGN, bytes(range(256)))):
+        assert parse_request(encode_request(request)) == request
+    answers = (Answer(), Answer(public=b"p" * 32), Answer(signature=b"s" * 64))
+    for answer in answers:
+        assert parse_answer(encode_answer(answer)) == answer
+    failed = Failed(Failure.DISK, "key-unwritable", "cannot write", "free some space")
+    assert parse_answer(encode_answer(failed)) == failed
+
+
+def test_a_refusal_is_said_as_a_bug_of_the_node() -> None:
+    with place() as top, unit(top) as (node, _):
+        node.create()
+        with pytest.raises(LocalProtocolError) as caught:
+            node.sign(TLS)
+        assert caught.value.code == "not-signable"
+
+
+# The program as the unit's user, and the node as its own; both load all they need as root.
+AS_UNIT = """
+import os, socket, sys
+from pathlib import Path
+from mycoswarmd.outposts.signer import serve
+from mycoswarmd.trust import keys
+from mycoswarmd.trust.signer import FileSigner
+keys.from_pem(keys.to_pem(keys.make_seed()))
+os.setgroups([]); os.setresgid(40001, 40001, 40001); os.setresuid(40001, 40001, 40001)
+state = Path(sys.argv[1])
+serve(socket.socket(fileno=0), state, lambda: FileSigner(state))
+"""
+AS_NODE = """
+import json, os, sys
+from pathlib import Path
+from mycoswarmd.core.roster import SIGNING_CONTEXT
+from mycoswarmd.daemon.clock import SystemClock
+from mycoswarmd.trust.keys import make_seed, public_key, sign, verify
+from mycoswarmd.trust.signer import UnitSigner
+verify(public_key(make_seed()), sign(make_seed(), b""), b"")
+if sys.argv[3] != "0":
+    os.setgroups([]); os.setresgid(40002, 40002, 40002); os.setresuid(40002, 40002, 40002)
+node = UnitSigner(Path(sys.argv[1]), clock=SystemClock())
+public = node.create()
+message = SIGNING_CONTEXT + b"{}"
+said = {"signs": verify(public, node.sign(message), message)}
+state = Path(sys.argv[2])
+pid = next(int(one.parent.name) for one in Path("/proc").glob("[0-9]*/cmdline")
+           if one.read_bytes().split(b"\\0")[-2:-1] == [str(state).encode()])
+def attempt(name, function):
+    try:
+        said[name] = function() and "done"
+    except OSError as exc:
+        said[name] = exc.errno
+attempt("read", lambda: (state / "signer.key").read_bytes())
+attempt("list", lambda: os.listdir(state))
+attempt("replace", lambda: (state / "signer.key").rename(state / "signer.key"))
+attempt("memory", lambda: open(f"/proc/{pid}/mem", "rb").fileno() or True)
+attempt("root", lambda: os.listdir(f"/proc/{pid}/root/"))
+attempt("fds", lambda: os.listdir(f"/proc/{pid}/fd"))
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_the_nodes_user_gets_signatures_and_never_the_key() -> None:
+    with place() as top:
+        top.chmod(0o711)
+        os.chown(top / "state", 40001, 40001)
+        script = ["-c", AS_UNIT, str(top / "state")]
+        with unit(top, [sys.executable, *script]) as (_, manager):
+            os.chown(manager.path, 40002, 40002)  # as SocketUser= and SocketMode= have it
+            manager.path.chmod(0o600)
+
+            def run_as(uid: int) -> dict[str, Any]:
+                argv = [sys.executable, "-c", AS_NODE, str(manager.path), str(top / "state"), str(uid)]
+                ran = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+                assert ran.returncode == 0, ran.stderr
+                said: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+                return said
+
+            root = run_as(0)
+            assert root["signs"] is True
+            assert (root["read"], root["list"], root["memory"]) == ("done", "done", "done")  # one could
+            node = run_as(40002)
+            assert node["signs"] is True
+            assert {
+                name: node[name] for name in ("read", "list", "replace", "memory", "root", "fds")
+            } == dict.fromkeys(("read", "list", "replace", "memory", "root", "fds"), 13)
+            assert (top / "state" / "signer.key").stat().st_uid == 40001
