@@ -16,6 +16,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from mycoswarmd.errors import BadRequest
@@ -100,13 +101,14 @@ class LanDialer:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
             line.settimeout(0)
             await self._reach(line)
-            try:
+            # Who is refused at once may be so before it has said a word; the answer is there all the same.
+            with suppress(BrokenPipeError):
                 line.send(packet)
-                await _readable(line)
-                untrusted, fds = _receive(line)
-            except OSError as exc:
+            await _readable(line)
+            try:
+                return _read(*_receive(line))
+            except ConnectionResetError as exc:
                 raise _strange("it broke off") from exc
-        return _read(untrusted, fds)
 
     async def _reach(self, line: socket.socket) -> None:
         while True:
@@ -134,9 +136,11 @@ async def _readable(line: socket.socket) -> None:
 def _receive(line: socket.socket) -> tuple[bytes, list[int]]:
     """Take one packet and every descriptor with it."""
     fds = array.array("i")
-    untrusted, controls, flags, _ = line.recvmsg(
-        PACKET_BYTES + 1, socket.CMSG_SPACE(_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-    )
+    wanted = (PACKET_BYTES + 1, socket.CMSG_SPACE(_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+    try:
+        untrusted, controls, flags, _ = line.recvmsg(*wanted)
+    except ConnectionResetError:  # it did not read what we said, which it tells before what it said
+        untrusted, controls, flags, _ = line.recvmsg(*wanted)
     for level, kind, data in controls:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])

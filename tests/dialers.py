@@ -1,0 +1,183 @@
+"""Real LAN dialers and false ones, and network namespaces for them to be in."""
+
+import array
+import asyncio
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNET = 0x40000000
+PROGRAM = ("-I", "-m", "mycoswarmd.outposts.lan")
+# The defence removed: it dials whatever it is told.
+UNGUARDED = (
+    "-I",
+    "-c",
+    (
+        "import sys; from mycoswarmd.outposts import lan; "
+        "lan.objection = lambda *_: None; lan._look_at = lambda *_: None; sys.exit(lan.main(sys.argv[1:]))"
+    ),
+)
+
+
+@dataclass(kw_only=True)
+class Dialer:
+    """A dialer's process, and the socket that outlives it, as it does under systemd."""
+
+    path: Path
+    listener: socket.socket
+    options: tuple[str, ...]
+    prefix: tuple[str, ...]
+    program: tuple[str, ...]
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        fd = self.listener.fileno()
+        self.process = subprocess.Popen(
+            [*self.prefix, sys.executable, *self.program, "--fd", str(fd), *self.options],
+            pass_fds=[fd],
+            stderr=subprocess.DEVNULL,
+        )
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def open_files(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    def idle_files(self) -> int:
+        """Return what is open between two requests; it may still be closing those of the last."""
+        found = []
+        for _ in range(10):
+            found.append(self.open_files())
+            time.sleep(0.005)
+        return min(found)
+
+    def settle(self, condition: Callable[[], bool]) -> None:
+        """Wait for what the dialer does after its answer."""
+        ends = time.monotonic() + 5
+        while not condition():
+            assert time.monotonic() < ends
+            time.sleep(0.002)
+
+
+@contextmanager
+def lan_dialer(
+    directory: Path, *options: str, namespace: str = "", program: Sequence[str] = PROGRAM
+) -> Iterator[Dialer]:
+    """Run a dialer until the end of the context."""
+    path = directory / "lan.sock"
+    prefix = ("ip", "netns", "exec", namespace) if namespace else ()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen(200)
+        dialer = Dialer(path=path, listener=listener, options=options, prefix=prefix, program=tuple(program))
+        dialer.start()
+        try:
+            yield dialer
+        finally:
+            dialer.kill()
+            path.unlink()
+
+
+def ask(path: Path, packet: bytes, *fds: int) -> tuple[bytes, list[int]]:
+    """Say anything to a dialer and return what comes back."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+        line.settimeout(10)
+        line.connect(str(path))
+        if fds:
+            socket.send_fds(line, [packet], list(fds))
+        else:
+            line.send(packet)
+        data, found, _, _ = socket.recv_fds(line, 8192, 8)
+        return data, found
+
+
+@asynccontextmanager
+async def false_dialer(directory: Path, packet: bytes, *socks: socket.socket | int) -> AsyncIterator[Path]:
+    """Answer whatever is asked with this packet and these descriptors; b"" hangs up."""
+    path = directory / "false.sock"
+    loop = asyncio.get_running_loop()
+
+    async def serve(listener: socket.socket) -> None:
+        while True:
+            line, _ = await loop.sock_accept(listener)
+            with line:
+                await loop.sock_recv(line, 8192)
+                fds = array.array("i", [one if isinstance(one, int) else one.fileno() for one in socks])
+                if packet:
+                    line.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else [])
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.setblocking(False)
+        async with asyncio.TaskGroup() as group:
+            server = group.create_task(serve(listener))
+            try:
+                yield path
+            finally:
+                server.cancel()
+                path.unlink()
+
+
+@contextmanager
+def deaf(host: str = "127.0.0.1") -> Iterator[int]:
+    """Be a port where a connection never comes about: its queue is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((host, 0), backlog=0))
+        for _ in range(3):
+            one = stack.enter_context(socket.socket())
+            one.settimeout(0.05)
+            one.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@contextmanager
+def network(name: str, *addresses: str) -> Iterator[str]:
+    """Be a network namespace whose loopback has these addresses, too."""
+    whole = f"{name}-{os.getpid()}"
+    ip("netns", "add", whole)
+    try:
+        ip("-n", whole, "link", "set", "lo", "up")
+        for address in addresses:
+            ip("-n", whole, "addr", "add", address, "dev", "lo")
+        yield whole
+    finally:
+        ip("netns", "del", whole)
+
+
+def inside(namespace: str, make: Callable[[], T]) -> T:
+    """Do something in a network namespace: sockets stay where they were made."""
+    found: list[T] = []
+
+    def run() -> None:
+        with Path(f"/run/netns/{namespace}").open("rb") as there:
+            assert LIBC.setns(there.fileno(), CLONE_NEWNET) == 0
+        found.append(make())
+
+    thread = threading.Thread(target=run)  # which is never somewhere else again
+    thread.start()
+    thread.join()
+    return found[0]
