@@ -177,13 +177,19 @@ def _verdicts(
     if name in _ENDS:
         return {name}
     if name == "reject":
-        return {"drop"}
+        return {"drop"} if _is_refused(value, packet) else set()
     if name == _RETURN:
         return {_RETURN}
     if name in {"jump", "goto"}:
         ends = _walk(chains, (key[0], key[1], value["target"]), packet, depth + 1)
         return ends if name == "goto" else {_NEXT if one == _RETURN else one for one in ends}
     return {"accept", "drop", _NEXT} if name in {"queue", "tproxy"} else set()
+
+
+def _is_refused(value: _Value, packet: Packet) -> bool:
+    """Tell whether a `reject` is for such packets: nft leaves out what the kind of answer implies."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind != "icmpv6" and (kind != "tcp reset" or packet.protocol == "tcp")
 
 
 def _mapped(value: _Row, packet: Packet) -> tuple[_Row | None, bool]:

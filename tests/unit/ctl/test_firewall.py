@@ -159,6 +159,8 @@ RULESETS: dict[str, tuple[str, bool, bool]] = {
         False, False,
     ),
     "gone to a chain that says nothing": (table("goto deny", more="chain deny { tcp dport 22 accept\n}"), False, False),
+    "refused by IPv6": (table("meta nfproto ipv6 reject", policy="accept"), True, True),
+    "reset": (table("meta l4proto tcp reject with tcp reset", policy="accept"), False, True),
     "rate": (table("tcp dport 7437 limit rate 100/second accept"), True, False),
     "before all others": (
         table("accept") + "\ntable inet raw { chain pre { type filter hook prerouting priority -300; policy accept;"
