@@ -24,11 +24,17 @@ def program_listener(host: str, port: int) -> Listener:
 
 
 class ProgramDoor:
-    """One loopback listener, or none. `problem` says why it is not open, or ""."""
+    """One loopback listener, or none.
+
+    Attributes:
+        is_open: whether programs can come in here.
+        problem: why not, or "".
+    """
 
     def __init__(self, outside: Outside, where: tuple[str, int] | None) -> None:
         self._outside = outside
         self._where = where
+        self.is_open = False
         self.problem = ""
 
     async def run(self, api: Api) -> None:
@@ -45,4 +51,5 @@ class ProgramDoor:
             self.problem = ""
             async with api.listening(sock, program_listener(*self._where)):
                 log.info("listening for programs at http://%s:%d/v1 (API key needed)", *self._where)
+                self.is_open = True
                 await asyncio.get_running_loop().create_future()  # until cancelled

@@ -189,7 +189,8 @@ class NodeMachine:
 
     def _listeners(self) -> list[str]:
         listen = self._settings.listen
-        tcp = [f"http://{listen[0]}:{listen[1]}"] if listen is not None else []
+        is_open = listen is not None and (self._door.is_open or not self._settings.appliance)
+        tcp = [f"http://{listen[0]}:{listen[1]}"] if listen is not None and is_open else []
         return [f"unix:{self._settings.socket_path}", *tcp, *self._swarm_listener()]
 
     def _swarm_listener(self) -> list[str]:

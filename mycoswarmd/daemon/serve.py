@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 from asyncio import sslproto
+from dataclasses import replace
 from pathlib import Path
 
 from mycoswarmd.daemon import journal
@@ -61,7 +62,10 @@ def run_forever(
             outposts=outposts,
         )
     )
-    api_socket = take_api_socket() if appliance else None
+    api_socket = None
+    if appliance:
+        api_socket = take_api_socket()
+        settings = replace(settings, runtime_dir=Path(api_socket.getsockname()).parent)
     try:
         asyncio.run(_serve(settings, api_socket))
     except ExceptionGroup as group:
