@@ -33,6 +33,10 @@ _MOVED = (
 _UNITS = "etc/systemd/system"
 _PACKAGED = ("usr/lib/systemd/system/mycoswarmd.service", "lib/systemd/system/mycoswarmd.service")
 _COMMAND = "usr/local/bin/mycoswarmctl"
+_BUILD_AGENT = (
+    "import pathlib, sys; from mycoswarmd.sandbox.zipapp import build_agent; "
+    "pathlib.Path(sys.argv[1]).write_bytes(build_agent())"
+)
 _PIP_S = 900
 _SYSTEM_S = 180
 
@@ -66,6 +70,8 @@ def service_files(share: Path) -> Iterator[Placed]:
         yield Placed(f"{_UNITS}/{path.name}", _moved(path.read_text("utf-8")))
     yield Placed("etc/sysusers.d/mycoswarm.conf", (units / "sysusers.conf").read_text("utf-8"))
     yield Placed("etc/tmpfiles.d/mycoswarm.conf", (units / "tmpfiles.conf").read_text("utf-8"))
+    cages = (units / "mycoswarm-task.tmpfiles.conf").read_text("utf-8")
+    yield Placed("etc/tmpfiles.d/mycoswarm-task.conf", cages)
     for path in sorted(launchers.glob("*/*")):
         where = f"{_HOME.lstrip('/')}/{path.parent.name}/{path.name}"
         yield Placed(where, _moved(path.read_text("utf-8")), mode=0o755)
@@ -180,13 +186,15 @@ class Service:
         self._make_environment(source)
         for placed in service_files(share):
             self._place(placed)
+        self._make_agent()
         command = self._root / _COMMAND
         if not command.exists() and not command.is_symlink():
             command.parent.mkdir(parents=True, exist_ok=True)
             command.symlink_to(f"{_HOME}/bin/mycoswarmctl")
         if self._is_here:
             self._system("systemd-sysusers", "/etc/sysusers.d/mycoswarm.conf")
-            self._system("systemd-tmpfiles", "--create", "/etc/tmpfiles.d/mycoswarm.conf")
+            places = ("/etc/tmpfiles.d/mycoswarm.conf", "/etc/tmpfiles.d/mycoswarm-task.conf")
+            self._system("systemd-tmpfiles", "--create", *places)
             self._system("systemctl", "daemon-reload")
             self._system("systemctl", "enable", "--quiet", *_started(share))
             self._system("systemctl", "restart", *_started(share))
@@ -236,6 +244,15 @@ class Service:
         self._session.aside(f"installing {source} ...")
         pip = [str(venv / "bin" / "python"), "-I", "-m", "pip", "install", "--quiet", "--upgrade"]
         self._system(*pip, "--disable-pip-version-check", source, within_s=_PIP_S)
+
+    def _make_agent(self) -> None:
+        """Build what runs in a cage, as one file, compiled for the Python that will run it."""
+        home = self._root / _HOME.lstrip("/")
+        target = home / "libexec" / "task"
+        new = target.with_name(".task.new")
+        self._system(str(home / "venv" / "bin" / "python"), "-I", "-c", _BUILD_AGENT, str(new))
+        new.chmod(0o644)
+        new.replace(target)
 
     def _place(self, placed: Placed) -> None:
         path = self._root / placed.path
