@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from tests.appliance.images import image
-from tests.appliance.machines import Lab, lab
+from tests.appliance.machines import Lab, Machine, lab
+from tests.appliance.nodes import (
+    Swarm,
+    build_deb,
+    ctl,
+    ctl_json,
+    in_parallel,
+    install,
+    installed_layer,
+    invite,
+    start_engine,
+    wait_ready,
+)
 
 HERE = Path(__file__).parent
 _PROGRAMS = ("systemd-nspawn", "mmdebstrap", "ip", "nsenter", "tcpdump")
@@ -36,6 +48,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why))
 
 
+class Images:
+    """What machines are made of: images of both releases, the package, and layers with the package installed."""
+
+    def __init__(self, opened: Lab) -> None:
+        # The first machines of a test run pay for all that: what can be done side by side is.
+        self.trixie, self.bookworm, self.deb = in_parallel(
+            lambda: image("trixie"), lambda: image("bookworm"), lambda: build_deb(opened.home / "deb")
+        )
+        with_package = in_parallel(
+            *(
+                lambda suite=suite, root=root: installed_layer(opened, root, self.deb, suite=suite)
+                for suite, root in (("trixie", self.trixie), ("bookworm", self.bookworm))
+            )
+        )
+        self.node_trixie: tuple[Path, ...] = (with_package[0], self.trixie)
+        self.node_bookworm: tuple[Path, ...] = (with_package[1], self.bookworm)
+
+
 @pytest.fixture(scope="session")
 def appliance_lab() -> Iterator[Lab]:
     """A switch without machines."""
@@ -44,12 +74,47 @@ def appliance_lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def trixie() -> Path:
-    """The root of a Debian 13 image."""
-    return image("trixie")
+def images(appliance_lab: Lab) -> Images:
+    """Images of both releases, without and with the package."""
+    return Images(appliance_lab)
 
 
 @pytest.fixture(scope="session")
-def bookworm() -> Path:
-    """The root of a Debian 12 image."""
-    return image("bookworm")
+def fresh(appliance_lab: Lab, images: Images) -> dict[str, tuple[Machine, str]]:
+    """One machine of each release with the package just installed by apt, and what apt said."""
+    made = {
+        "trixie": appliance_lab.machine("fresh13", images.trixie),
+        "bookworm": appliance_lab.machine("fresh12", images.bookworm),
+    }
+
+    def prepare(machine: Machine) -> tuple[Machine, str]:
+        machine.wait_booted()
+        return machine, install(machine, images.deb).out
+
+    done = in_parallel(*(lambda machine=machine: prepare(machine) for machine in made.values()))
+    return dict(zip(made, done, strict=True))
+
+
+@pytest.fixture(scope="session")
+def swarm(appliance_lab: Lab, images: Images) -> Swarm:
+    """Three nodes of one swarm, enrolled over mDNS; Debian 12 and 13 mixed; `two` has an engine."""
+    made = Swarm(
+        appliance_lab.machine("one", *images.node_trixie),
+        appliance_lab.machine("two", *images.node_bookworm),
+        appliance_lab.machine("three", *images.node_trixie),
+    )
+
+    def prepare(machine: Machine) -> None:
+        machine.wait_booted()
+        if machine is made.two:
+            start_engine(machine)
+            machine.run("systemctl", "restart", "mycoswarmd")
+        wait_ready(machine)
+
+    in_parallel(*(lambda machine=machine: prepare(machine) for machine in made))
+    ctl(made.one, "init", "--name", "home", "--yes-i-wrote-it-down")
+    for newcomer in (made.two, made.three):
+        code = invite(made.one, newcomer.name)
+        joined = ctl_json(newcomer, "enroll", code)
+        assert joined, joined
+    return made

@@ -81,7 +81,7 @@ class Machine:
         lab: "Lab",
         name: str,
         number: int,
-        image: Path,
+        layers: tuple[Path, ...],
         *,
         hostname: str,
         can_bpf: bool,
@@ -92,7 +92,7 @@ class Machine:
         self.address = f"10.77.0.{number}"
         self._number = number
         self._lab = lab
-        self._image = image
+        self._layers = layers
         self._home = lab.home / name
         self._netns = f"{lab.prefix}-{name}"
         self._boots = 0
@@ -126,7 +126,7 @@ class Machine:
         for group in groups:
             group.mkdir(parents=True, exist_ok=True)
         home = self._home
-        overlay = f"lowerdir={self._image},upperdir={home}/disk,workdir={home}/work"
+        overlay = f"lowerdir={':'.join(map(str, self._layers))},upperdir={home}/disk,workdir={home}/work"
         # In the background of a shell that ends: a machine belongs to its cgroup, not to whoever plugged it in.
         script = f"""
             set -e
@@ -220,8 +220,9 @@ class Machine:
         """Run a command in the machine, as root or as this user."""
         whole = [*self._enter(), *(("setpriv", *_as_user(user)) if user else ()), *argv]
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
-        done = subprocess.run(whole, input=data, capture_output=True, timeout=timeout_s)
-        ran = Ran(argv, done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+        with _process(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            out, err = process.communicate(data, timeout=timeout_s)
+        ran = Ran(argv, process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
         if check and ran.code != 0:
             raise CommandFailed(f"on {self.name}: {ran}")
         return ran
@@ -237,14 +238,10 @@ class Machine:
     @contextmanager
     def start(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run a command beside the test; it is killed when the context ends."""
-        process = subprocess.Popen(
+        with _process(
             [*self._enter(), *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
+        ) as process:
             yield process
-        finally:
-            process.kill()
-            process.communicate()
 
     def _enter(self) -> list[str]:
         assert self._leader, f"{self.name} is off"
@@ -265,21 +262,21 @@ class Machine:
         script = 'mkdir -p "$(dirname "$1")"; cat > "$1"; chmod "$2" "$1"'
         self.run("sh", "-euc", script, "sh", inside, f"{mode:o}", stdin=data)
 
-    def push(self, source: Path, inside: str) -> None:
-        """Copy a file or a directory to the machine, owned by root there."""
-        with subprocess.Popen(
-            ["tar", "-C", str(source.parent), "--owner=0", "--group=0", "--exclude=__pycache__", "-c", source.name],
-            stdout=subprocess.PIPE,
-        ) as tar:
-            assert tar.stdout is not None
-            script = 'mkdir -p "$1"; rm -rf "$1.new"; mkdir "$1.new"; tar -C "$1.new" -x; rm -rf "$1"; mv "$1.new"/* "$1"; rmdir "$1.new"'
-            done = subprocess.run(
-                [*self._enter(), "sh", "-euc", script, "sh", inside],
-                stdin=tar.stdout,
-                capture_output=True,
-                timeout=60,
-            )
-        assert done.returncode == 0 and tar.returncode == 0, done.stderr
+    def push(self, source: Path, into: str) -> None:
+        """Copy a file or a directory into a directory of the machine, owned by root there."""
+        pack = ["tar", "-C", str(source.parent), "--owner=0", "--group=0", "--exclude=__pycache__", "-c", source.name]
+        packed = subprocess.run(pack, check=True, capture_output=True).stdout
+        self.run("sh", "-euc", 'mkdir -p "$1"; tar -C "$1" -x', "sh", into, stdin=packed)
+
+    def listening(self) -> set[int]:
+        """Return the TCP and UDP ports that anything listens on (ss may lack the kernel's help here)."""
+        ports = set()
+        for table, listens in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+            for line in self.run("cat", f"/proc/net/{table}").out.splitlines()[1:]:
+                _, local, _, state, *_ = line.split()
+                if state == listens:
+                    ports.add(int(local.rpartition(":")[2], 16))
+        return ports
 
     def journal(self, *filters: str) -> str:
         """Return what the journal says, newest boot only."""
@@ -357,17 +354,16 @@ class Lab:
     def machine(
         self,
         name: str,
-        image: Path,
-        *,
+        *layers: Path,
         hostname: str | None = None,
         can_bpf: bool = True,
         can_landlock: bool = True,
     ) -> Machine:
-        """Make a machine and start to boot it."""
+        """Make a machine with these directories below its disk, the topmost first, and start to boot it."""
         assert name not in self.machines, name
         number = len(self.machines) + 1
         made = Machine(
-            self, name, number, image, hostname=hostname or name, can_bpf=can_bpf, can_landlock=can_landlock
+            self, name, number, layers, hostname=hostname or name, can_bpf=can_bpf, can_landlock=can_landlock
         )
         made.create()
         made.plug_in()
@@ -470,6 +466,17 @@ def _remove_group(group: Path) -> None:
         except OSError:  # a process of it is still being reaped
             time.sleep(0.2)
             subprocess.run(["rmdir", path], capture_output=True)
+
+
+@contextmanager
+def _process(argv: list[str], **pipes: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command with all that it starts; what is left of it is killed (nsenter alone would leave its child)."""
+    with subprocess.Popen(argv, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _is_overlay(path: Path) -> bool:

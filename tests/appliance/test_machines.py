@@ -1,18 +1,17 @@
 """The lab itself: what later tests rely on is real on these machines."""
 
-from pathlib import Path
-
 import pytest
 
+from tests.appliance.conftest import Images
 from tests.appliance.machines import OUTSIDE, Lab
 
 pytestmark = pytest.mark.timeout(600)
 
 
 def test_a_machine_boots_runs_commands_and_keeps_its_disk_when_the_plug_is_pulled(
-    appliance_lab: Lab, trixie: Path
+    appliance_lab: Lab, images: Images
 ) -> None:
-    machine = appliance_lab.machine("bare", trixie)
+    machine = appliance_lab.machine("bare", images.trixie)
     assert machine.wait_booted() == "running", machine.run("systemctl", "--failed", check=False)
     assert machine.run("cat", "/proc/1/comm").out == "systemd\n"
     assert machine.run("hostname").out == "bare\n"
@@ -20,7 +19,7 @@ def test_a_machine_boots_runs_commands_and_keeps_its_disk_when_the_plug_is_pulle
     machine.write("/var/lib/kept", "here\n")
     machine.reboot()
     assert machine.run("cat", "/var/lib/kept").out == "here\n"
-    assert not (trixie / "var/lib/kept").exists()
+    assert not (images.trixie / "var/lib/kept").exists()
 
 
 def test_address_filters_are_real_on_a_machine_and_the_switch_sees_what_leaves(appliance_lab: Lab) -> None:

@@ -1,0 +1,160 @@
+"""A machine with the package on it: installing, `mycoswarmctl`, a fake engine beside the node, a swarm of them."""
+
+import json
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.appliance.machines import Lab, Machine, Ran
+
+ROOT = Path(__file__).parents[2]
+ENGINE_PORT = 8000
+SETTINGS = "/etc/mycoswarm/mycoswarm.toml"
+POLICY = "/etc/mycoswarm/policy.toml"
+STATE = "/var/lib/mycoswarm"
+ENGINE_TABLE = f'\n[engines.fake]\nkind = "openai"\nurl = "http://127.0.0.1:{ENGINE_PORT}"\n'
+FINAL = frozenset({"succeeded", "failed", "cancelled", "expired", "parked"})
+
+
+def build_deb(target: Path, *, version: str | None = None) -> Path:
+    """Build the package from the working tree; with a version, as that one."""
+    ran = subprocess.run(
+        [str(ROOT / "packaging/build-deb"), str(target)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    deb = next(target.glob("mycoswarmd_*.deb"))
+    return deb if version is None else _with_version(deb, target, version)
+
+
+def _with_version(deb: Path, target: Path, version: str) -> Path:
+    """Return the same package under another version, as an upgrade sees the build before."""
+    tree = target / version
+    subprocess.run(["dpkg-deb", "-R", str(deb), str(tree)], check=True)
+    control = tree / "DEBIAN/control"
+    control.write_text(re.sub(r"(?m)^Version: .*$", f"Version: {version}", control.read_text()))
+    other = target / f"mycoswarmd_{version}_all.deb"
+    command = ["dpkg-deb", "--root-owner-group", "-b", str(tree), str(other)]
+    subprocess.run(command, check=True, capture_output=True)
+    return other
+
+
+def installed_layer(lab: Lab, image: Path, deb: Path, *, suite: str) -> Path:
+    """Return a layer above the image with the package installed on a machine that was never on."""
+    home = lab.home / f"layer-{suite}"
+    for part in ("disk", "work", "root"):
+        (home / part).mkdir(parents=True)
+    script = f"""
+        mount -t overlay -o lowerdir={image},upperdir={home}/disk,workdir={home}/work overlay {home}/root
+        mount -t proc proc {home}/root/proc
+        mount -t tmpfs tmpfs {home}/root/run
+        cp {deb} {home}/root/run/package.deb
+        chroot {home}/root apt-get install -y /run/package.deb
+    """
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "DEBIAN_FRONTEND": "noninteractive",
+        "LC_ALL": "C.UTF-8",
+    }
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-euc", script], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home / "disk"
+
+
+def apt(machine: Machine, *argv: str, check: bool = True) -> Ran:
+    """Run apt-get on the machine."""
+    options = ["-y", "-o", "Dpkg::Options::=--force-confold"]
+    return machine.run("apt-get", *options, *argv, check=check, timeout_s=180)
+
+
+def install(machine: Machine, deb: Path) -> Ran:
+    """Install the package on a running machine, as a person does."""
+    machine.write(f"/root/{deb.name}", deb.read_bytes())
+    return apt(machine, "install", f"/root/{deb.name}")
+
+
+def ctl(machine: Machine, *argv: str, check: bool = True, user: str | None = None, timeout_s: float = 60) -> Ran:
+    """Run mycoswarmctl on the machine."""
+    return machine.run("mycoswarmctl", *argv, check=check, user=user, timeout_s=timeout_s)
+
+
+def ctl_json(machine: Machine, *argv: str, user: str | None = None, timeout_s: float = 60) -> dict[str, Any]:
+    """Run mycoswarmctl with --json and return what it prints."""
+    ran = ctl(machine, *argv, "--json", user=user, timeout_s=timeout_s)
+    value = json.loads(ran.out)
+    assert isinstance(value, dict), ran
+    return value
+
+
+def wait_ready(machine: Machine, *, within_s: float = 30) -> None:
+    """Wait until the node answers."""
+    machine.wait_until("mycoswarmctl status", within_s=within_s)
+
+
+def start_engine(machine: Machine, *, pause_s: float = 0.0) -> None:
+    """Start the fake engine beside the node and declare it in the settings."""
+    machine.push(ROOT / "tests/upstream.py", "/opt/fake/tests")
+    machine.push(ROOT / "tests/appliance/fake_engine.py", "/opt/fake/tests/appliance")
+    restart_engine(machine, pause_s=pause_s)
+    text = machine.run("cat", SETTINGS, check=False).out
+    if ENGINE_TABLE not in text:
+        machine.write(SETTINGS, text + ENGINE_TABLE)
+
+
+def restart_engine(machine: Machine, *, pause_s: float = 0.0) -> None:
+    """Start the fake engine, its script from the beginning."""
+    machine.sh("systemctl stop fake-engine 2>/dev/null || true; rm -f /tmp/asked")
+    unit = ["systemd-run", "--quiet", "--unit=fake-engine", "--working-directory=/opt/fake"]
+    machine.run(*unit, "python3", "-m", "tests.appliance.fake_engine", str(ENGINE_PORT), str(pause_s))
+    machine.wait_until("test -e /tmp/asked")
+
+
+def asked(machine: Machine) -> list[dict[str, Any]]:
+    """Return the bodies of all requests that the fake engine got."""
+    return [json.loads(line) for line in machine.run("cat", "/tmp/asked").out.splitlines()]
+
+
+@dataclass(frozen=True)
+class Swarm:
+    """Three nodes: `one` founded the swarm, `two` has the engine, `three` is there to be put out."""
+
+    one: Machine
+    two: Machine
+    three: Machine
+
+    def __iter__(self) -> Any:
+        return iter((self.one, self.two, self.three))
+
+
+def in_parallel(*work: Any) -> list[Any]:
+    """Do all of it at once: most of a boot or an installation is waiting."""
+    with ThreadPoolExecutor(len(work)) as pool:
+        return [future.result() for future in [pool.submit(one) for one in work]]
+
+
+def names(machine: Machine) -> set[str]:
+    """Return the names of the members as this node knows them."""
+    return {str(row["name"]) for row in ctl_json(machine, "nodes")["nodes"]}
+
+
+def invite(machine: Machine, name: str) -> str:
+    """Make a code for one newcomer."""
+    return str(ctl_json(machine, "invite", "--no-wait", "--name", name)["code"])
+
+
+def submit(machine: Machine, prompt: str, *argv: str) -> str:
+    """Post a task for the model `agent`; return its id once it was acknowledged."""
+    return ctl(machine, "submit", "--model", "agent", *argv, prompt).out.strip()
+
+
+def wait_task(machine: Machine, task_id: str, *, within_s: float = 60) -> dict[str, Any]:
+    """Wait until a task has ended and return it."""
+    condition = f"mycoswarmctl task {task_id} --json | grep -Eq '\"state\": ?\"({'|'.join(sorted(FINAL))})\"'"
+    machine.wait_until(condition, within_s=within_s)
+    task = ctl_json(machine, "task", task_id)["task"]
+    assert isinstance(task, dict)
+    return task

@@ -1,0 +1,59 @@
+"""Three installed nodes as a swarm: enrolling over multicast, asking across machines, caged tasks, putting one out."""
+
+import pytest
+
+from tests.appliance.nodes import Swarm, asked, ctl, ctl_json, names, submit, wait_task
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_three_machines_are_one_swarm_after_two_codes(swarm: Swarm) -> None:
+    for machine in swarm:
+        assert names(machine) == {"one", "two", "three"}
+        assert 7437 in machine.listening()
+    pinged = ctl(swarm.three, "nodes", "ping")
+    assert "one" in pinged.out and "two" in pinged.out, pinged
+
+
+def test_a_prompt_is_answered_by_the_machine_that_has_the_model(swarm: Swarm) -> None:
+    before = len(asked(swarm.two))
+    answer = ctl_json(swarm.one, "ask", "--model", "ok", "across the room")
+    assert "Hello there" in str(answer), answer
+    bodies = asked(swarm.two)[before:]
+    assert [body["messages"][-1]["content"] for body in bodies] == ["across the room"]
+    for machine in (swarm.one, swarm.two):
+        ctl(machine, "audit", "verify")
+
+
+def test_a_secret_prompt_does_not_travel(swarm: Swarm) -> None:
+    before = len(asked(swarm.two))
+    refused = ctl(swarm.one, "ask", "--model", "ok", "--label", "secret", "stays here", check=False)
+    assert refused.code != 0, refused
+    assert len(asked(swarm.two)) == before
+
+
+def test_a_task_runs_in_a_cage_and_its_change_comes_back(swarm: Swarm) -> None:
+    machine = swarm.two
+    machine.sh("rm -rf /root/notes; mkdir -p /root/notes; echo hello > /root/notes/notes.txt")
+    task = submit(machine, "sum up", "--workspace", "/root/notes")
+    done = wait_task(machine, task)
+    assert done["state"] == "succeeded", (done, machine.journal("-n", "60"))
+    assert not machine.path("/root/notes/SUMMARY.md").exists()
+    ctl(machine, "apply", task, "--workspace", "/root/notes", "--yes")
+    assert machine.path("/root/notes/SUMMARY.md").read_text() == "in short\n"
+    assert "mycoswarm-task@" in machine.journal("-u", "mycoswarm-task@*")
+
+
+def test_a_task_on_one_machine_thinks_with_the_engine_of_another(swarm: Swarm) -> None:
+    done = wait_task(swarm.one, submit(swarm.one, "finish"))
+    assert done["state"] == "succeeded", (done, swarm.one.journal("-n", "60"))
+
+
+def test_who_is_revoked_is_out_at_once(swarm: Swarm) -> None:
+    assert ctl(swarm.three, "ask", "--model", "ok", "still a member").code == 0
+    before = len(asked(swarm.two))
+    ctl(swarm.one, "revoke", "three", "--yes")
+    swarm.two.wait_until("! mycoswarmctl nodes --json | grep -q '\"name\": \"three\".*\"member\"'", within_s=5)
+    refused = ctl(swarm.three, "ask", "--model", "ok", "no longer", check=False)
+    assert refused.code != 0, refused
+    assert len(asked(swarm.two)) == before
