@@ -11,7 +11,7 @@ from aiohttp.web_response import Response, StreamResponse
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.openai import send
 from mycoswarmd.core.names import NAME
-from mycoswarmd.core.placement import why_not
+from mycoswarmd.core.placement import Candidate, why_not
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.explain import explain as explain_request
 from mycoswarmd.core.policy.request import parse_request
@@ -257,25 +257,33 @@ async def reload(call: Call) -> StreamResponse:
 
 
 async def explain(call: Call) -> StreamResponse:
-    """Say what would be decided, by which rule, and what each other rule lacked."""
+    """Say what would be decided, what each rule lacked, and whether anybody serves the model."""
     body = call.json()
     in_force = call.services.policy.policy
     request = parse_request(body, in_force, speaker=call.principal)
-    if request.action is not Action.INFER or "zone" in body or request.model is None:
+    if request.action is not Action.INFER or request.model is None:
         return json_answer(explain_request(in_force, request).as_json())
-    # Without a zone, the question is what would become of a real prompt.
     prompt = Prompt(kind=PromptKind.CHAT, model=request.model, params={})
     weighed = sorted(_weigh(call, request, prompt), key=lambda why: _RANK[_decision(why.outcome)])
+    if "zone" in body:
+        answer = explain_request(in_force, request).as_json()
+        return json_answer({**answer, "served": any(_is_there(why.candidate, request) for why in weighed)})
+    # Without a zone, the question is what would become of a real prompt.
     if weighed:
         best = weighed[0].candidate
         request = replace(request, zone=best.zone, dest=best.dest, node=best.node, tier=best.tier)
     answer = explain_request(in_force, request).as_json()
     prefer = in_force.prefer if in_force is not None else ()
+    answer["served"] = bool(weighed)
     answer["candidates"] = [
         *[_candidate_row(why, weighed[0], prefer) for why in weighed],
         *[_absent_row(prompt.model, one) for one in call.services.prompts.absent(prompt)],
     ]
     return json_answer(answer)
+
+
+def _is_there(candidate: Candidate, request: Request) -> bool:
+    return candidate.zone is request.zone and request.dest in {None, candidate.dest}
 
 
 _RANK = {"allow": 0, "ask": 1, "deny": 2}

@@ -131,7 +131,7 @@ def explain(
     if as_json:
         session.document(answer)
     else:
-        _explanation(session, answer)
+        _explanation(session, answer, f"{model} in zone {zone}" if zone else str(model))
 
 
 @policy_app.command("show")
@@ -193,12 +193,19 @@ def _source(session: Session, file: Path | None) -> tuple[Path, str | None]:
     return (path, None) if path.exists() or not isinstance(text, str) else (path, text)
 
 
-def _explanation(session: Session, answer: Doc) -> None:
-    if "candidates" in answer:
-        rows = answer["candidates"] or []
-        _candidates(session, rows)
-        is_anywhere = any(row.get("decision") != "absent" for row in rows)
-        print("\nFor the first of them:" if is_anywhere else "\nIn zone self, for comparison:")
+def _explanation(session: Session, answer: Doc, model: str) -> None:
+    is_served = answer.get("served") is not False
+    if not is_served:  # first of all: an "allow" that comes to nothing would mislead
+        print(f"No node serves {line(model)} now: a prompt for it fails, whatever the policy says.")
+    rows = answer.get("candidates") or []
+    if rows:
+        keys = ("node", "engine", "model", "zone", "decision", "rule", "why")
+        cells = [[row.get(key) for key in keys] for row in rows]
+        session.table([key.upper() for key in keys], cells, empty="")
+    if not is_served:
+        print(f"\nThe policy itself{', of zone self' if 'candidates' in answer else ''}:")
+    elif rows:
+        print("\nFor the first of them:")
     decision = str(answer.get("decision", ""))
     colour = {"allow": "green", "ask": "yellow"}.get(decision, "red")
     where = f" ({line(answer['where'])})" if answer.get("where") else ""
@@ -209,12 +216,3 @@ def _explanation(session: Session, answer: Doc) -> None:
         missing = "; ".join(line(part) for part in row.get("missing") or [])
         name = session.paint("dim", line(row.get("rule")))
         print(f"  {name} ({line(row.get('effect'))}) lacked: {missing}")
-
-
-def _candidates(session: Session, rows: list[Doc]) -> None:
-    if not rows:
-        print("No engine offers this model: a prompt for it is refused as unknown, whatever the rules say.")
-        return
-    keys = ("node", "engine", "model", "zone", "decision", "rule", "why")
-    cells = [[row.get(key) for key in keys] for row in rows]
-    session.table([key.upper() for key in keys], cells, empty="")

@@ -164,6 +164,20 @@ def test_a_vendors_name_is_refused_with_exit_3_and_never_leaves(
     assert said["decision"] == "deny"
 
 
+def test_a_model_that_nobody_serves_is_explained_as_such(daemon: NodeProcess) -> None:
+    """The policy allows it here; a person who asks why a prompt fails is told the rest."""
+    what = ("policy", "explain", "--action", "infer", "--model")
+    for where in ((), ("--zone", "self")):
+        said = document(daemon, *what, "nosuch", *where)
+        assert (said["decision"], said["served"]) == ("allow", False)
+        assert ctl(daemon, *what, "nosuch", *where).stdout.startswith("No node serves nosuch")
+        assert document(daemon, *what, "ok", *where)["served"] is True
+        assert "No node" not in ctl(daemon, *what, "ok", *where).stdout
+    assert document(daemon, *what, "ok", "--zone", "lan")["served"] is False  # it is here, not there
+    assert "served" not in document(daemon, *what[:-1])
+    ctl(daemon, "ask", "--model", "nosuch", "hi", code=1)
+
+
 def test_an_engine_that_dies_is_a_failure_after_what_came(daemon: NodeProcess) -> None:
     ran = ctl(daemon, "ask", "--model", "dies", "hi", code=1)
     assert ran.stdout == "begin\n"

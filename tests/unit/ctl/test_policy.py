@@ -157,6 +157,27 @@ def test_explain_without_a_zone_begins_with_where_the_prompt_would_go(node: Fake
     assert not ran.out.startswith("allow")
 
 
+@pytest.mark.parametrize("flags", [(), ("--zone", "lan")], ids=["anywhere", "in-a-zone"])
+def test_explain_says_first_that_nobody_serves_what_the_policy_allows(
+    node: FakeNode, flags: tuple[str, ...]
+) -> None:
+    gone = {"node": "box", "engine": "local", "decision": "absent", "why": "the model is not there"}
+    said = {**EXPLANATION, "decision": "allow", "rule": "answered-here", "served": False}
+    for rows in ([gone], []):
+        found = {key: value for key, value in said.items() if key != "candidates"}
+        node.on("POST", "/api/policy/explain", answer(found if flags else {**found, "candidates": rows}))
+        ran = ctl(node, "policy", "explain", "--action", "infer", "--model", "nosuch\x1b", *flags)
+        assert ran.code == 0
+        first, *_ = ran.out.splitlines()
+        where = "in zone lan " if flags else ""
+        assert first.startswith(f"No node serves nosuch\\x1b {where}now: a prompt for it fails"), ran.out
+        assert ran.out.index("The policy itself") < ran.out.index("allow by rule answered-here")
+        assert "For the first of them" not in ran.out
+    node.on("POST", "/api/policy/explain", answer({**said, "served": True}))
+    served = ctl(node, "policy", "explain", "--action", "infer", "--model", "nosuch", *flags)
+    assert "No node serves" not in served.out and "For the first of them" in served.out
+
+
 def test_explain_needs_an_action(node: FakeNode) -> None:
     assert ctl(node, "policy", "explain").code == 2
     node.on("POST", "/api/policy/explain", refuse(400, "bad-request", "cannot explain: no such action"))
