@@ -49,3 +49,11 @@ $(STAMP): pyproject.toml packaging/install-packages
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+completions:  ## write the completion scripts for bash, zsh and fish into build/completions
+	@packaging/install-packages python3-typer
+	@/usr/bin/python3 packaging/completions build/completions
+
+.PHONY: completions
+# Shells and firewalls, whose own word the tests ask for.
+TEST_PACKAGES += zsh fish python3-typer nftables iptables
