@@ -153,23 +153,35 @@ def _receive(line: socket.socket) -> tuple[bytes, list[int]]:
 def _read(untrusted: bytes, fds: list[int]) -> tuple[Done, socket.socket | None]:
     """Make an answer and at most one socket of what came."""
     try:
-        if not untrusted:
-            raise _strange("it broke off")
-        answer = parse_answer(untrusted)
-        if isinstance(answer, Failed):
-            raise _failure(answer)
+        answer = _answer_of(untrusted)
         if len(fds) > 1:
             raise _strange("it sent too much")
-        sock = socket.socket(fileno=fds[0]) if fds else None
-    except BadRequest as exc:
-        _close(fds)
-        raise _strange(exc.message) from exc
+        sock = _socket_of(fds[0]) if fds else None
     except OSError:
         _close(fds)
         raise
-    if sock is not None:
-        sock.settimeout(0)
     return answer, sock
+
+
+def _answer_of(untrusted: bytes) -> Done:
+    if not untrusted:
+        raise _strange("it broke off")
+    try:
+        answer = parse_answer(untrusted)
+    except BadRequest as exc:
+        raise _strange(exc.message) from exc
+    if isinstance(answer, Failed):
+        raise _failure(answer)
+    return answer
+
+
+def _socket_of(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as exc:  # the descriptor is open still
+        raise _strange("it gave what is no socket") from exc
+    sock.settimeout(0)
+    return sock
 
 
 def _failure(answer: Failed) -> OSError:
@@ -185,16 +197,15 @@ def _checked(
 ) -> socket.socket:
     """Return the socket if it is TCP and really is at that address."""
     try:
-        if sock.family not in {socket.AF_INET, socket.AF_INET6} or sock.type != socket.SOCK_STREAM:
-            raise _strange("it gave another kind of socket")
-        found_host, found_port = name()[:2]
-        # Interfaces of other network namespaces have no names here, so scopes are left out.
-        if (str(found_host).partition("%")[0], found_port) != (host.partition("%")[0], port):
-            raise _strange("it gave a socket of another address")
-    except OSError:
-        sock.close()
-        raise
-    return sock
+        is_tcp = sock.family in {socket.AF_INET, socket.AF_INET6} and sock.type == socket.SOCK_STREAM
+        found = name()[:2] if is_tcp else ("", 0)
+    except OSError:  # it is not connected
+        found = ("", 0)
+    # Interfaces of other network namespaces have no names here, so scopes are left out.
+    if (str(found[0]).partition("%")[0], found[1]) == (host.partition("%")[0], port):
+        return sock
+    sock.close()
+    raise _strange("it gave another socket")
 
 
 def _close(fds: Iterable[int]) -> None:

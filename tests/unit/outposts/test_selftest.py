@@ -1,0 +1,242 @@
+"""The self-test in processes with and without each confinement: it flips with the kernel, not with a file."""
+
+import ctypes
+import json
+import os
+import platform
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mycoswarmd.wire.proof import EXPECTED, CheckName, Proof, Unit, parse_proof
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes rights away from a process that has them")
+CODE = """
+import sys
+from mycoswarmd.outposts.selftest import prove
+from mycoswarmd.wire.proof import Unit, encode_proof
+{before}
+print(encode_proof(prove(Unit(sys.argv[1]))).decode())
+"""
+# A seccomp filter that lets a process make sockets of no family but one (-1: none at all).
+FILTER = """
+import ctypes, struct, platform
+libc = ctypes.CDLL(None, use_errno=True)
+number = 41 if platform.machine() == "x86_64" else 198
+code = b"".join(struct.pack("=HBBI", *row) for row in [
+    (0x20, 0, 0, 0), (0x15, 0, 3, number), (0x20, 0, 0, 16), (0x15, 1, 0, {family} & 0xFFFFFFFF),
+    (0x06, 0, 0, 0x00050000 | 97), (0x06, 0, 0, 0x7FFF0000)])
+buffer = ctypes.create_string_buffer(code)
+program = ctypes.create_string_buffer(struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer)))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, program, 0, 0) == 0
+"""
+NO_CAPABILITIES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all", "--reuid=0")
+
+
+def proof_of(unit: Unit, *, before: str = "", prefix: tuple[str, ...] = ()) -> Proof:
+    run = subprocess.run(
+        [*prefix, sys.executable, "-I", "-c", CODE.format(before=before), unit.value],
+        check=True,
+        capture_output=True,
+    )
+    return parse_proof(run.stdout)
+
+
+def held(proof: Proof) -> set[CheckName]:
+    return {check.name for check in proof.checks if check.ok is True}
+
+
+@pytest.mark.parametrize("unit", Unit)
+def test_each_unit_tries_all_that_it_should(unit: Unit) -> None:
+    assert [check.name for check in proof_of(unit).checks] == list(EXPECTED[unit])
+
+
+def test_a_process_like_any_other_proves_nothing_that_matters() -> None:
+    free = held(proof_of(Unit.CORE)) | held(proof_of(Unit.LAN))
+    never = {CheckName.INET_SOCKET, CheckName.CANARY, CheckName.ADDRESS_FAMILIES, CheckName.NO_NEW_PRIVILEGES}
+    assert free.isdisjoint(never)
+
+
+def test_without_sockets_nothing_can_be_reached() -> None:
+    proof = proof_of(Unit.CORE, before=FILTER.format(family=-1))
+    assert held(proof) >= {
+        CheckName.INET_SOCKET,
+        CheckName.ADDRESS_FAMILIES,
+        CheckName.DBUS,
+        CheckName.RESOLVER,
+        CheckName.DOCKER,
+        CheckName.SECCOMP,
+        CheckName.NO_NEW_PRIVILEGES,
+    }
+    # A network process that cannot make the socket to try it with has proved no filter.
+    (canary,) = [
+        one
+        for one in proof_of(Unit.LAN, before=FILTER.format(family=-1)).checks
+        if one.name is CheckName.CANARY
+    ]
+    assert (canary.ok, canary.detail) == (None, "EAFNOSUPPORT")
+
+
+@pytest.mark.parametrize("family", [2, 10])
+def test_one_family_of_the_internet_is_one_too_many(family: int) -> None:
+    assert CheckName.INET_SOCKET not in held(proof_of(Unit.CORE, before=FILTER.format(family=family)))
+
+
+@needs_root
+@pytest.mark.parametrize(("family", "name"), [(16, "netlink"), (17, "packet")])
+def test_one_other_family_is_found(family: int, name: str) -> None:
+    before = FILTER.format(family=family)
+    assert CheckName.ADDRESS_FAMILIES not in held(proof_of(Unit.CORE, before=before)), name
+    # Discovery hears by netlink of a cable that was plugged in.
+    assert (CheckName.ADDRESS_FAMILIES in held(proof_of(Unit.DISCOVERY, before=before))) == (
+        name == "netlink"
+    )
+
+
+def test_no_free_descriptors_are_no_proof() -> None:
+    before = """
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+try:
+    while True:
+        os.dup(0)
+except OSError:
+    pass
+"""
+    proof = proof_of(Unit.CORE, before=before)
+    assert {check.ok for check in proof.checks} == {None}
+
+
+@needs_root
+def test_capabilities_are_all_looked_at() -> None:
+    prefix = NO_CAPABILITIES
+    assert CheckName.CAPABILITIES not in held(proof_of(Unit.CORE))
+    # For root an empty bounding set alone leaves nothing after execve.
+    assert CheckName.CAPABILITIES in held(proof_of(Unit.CORE, prefix=prefix))
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("dbus/system_bus_socket", CheckName.DBUS),
+        ("systemd/private", CheckName.DBUS),
+        ("systemd/resolve/io.systemd.Resolve", CheckName.RESOLVER),
+        ("nscd/socket", CheckName.RESOLVER),
+        ("avahi-daemon/socket", CheckName.RESOLVER),
+        ("docker.sock", CheckName.DOCKER),
+        ("podman/podman.sock", CheckName.DOCKER),
+    ],
+)
+def test_an_open_door_is_found(path: str, name: CheckName) -> None:
+    """In a mount namespace of its own, somebody listens where a service of the machine would."""
+    before = f"""
+import ctypes, os, socket
+libc = ctypes.CDLL(None)
+assert libc.unshare(0x20000) == 0
+assert libc.mount(None, b"/", None, 0x44000, None) == 0
+assert libc.mount(b"tmpfs", b"/run", b"tmpfs", 0, None) == 0
+if {{is_open}}:
+    os.makedirs(os.path.dirname("/run/{path}"), exist_ok=True)
+    door = socket.socket(socket.AF_UNIX, {{kind}})
+    door.bind("/run/{path}")
+    if {{kind}} == 1:
+        door.listen()
+"""
+    assert name in held(proof_of(Unit.CORE, before=before.format(is_open=False, kind=1)))
+    assert name not in held(proof_of(Unit.CORE, before=before.format(is_open=True, kind=1)))
+    assert name not in held(proof_of(Unit.CORE, before=before.format(is_open=True, kind=2)))
+    shut = before.format(is_open=True, kind=1) + "door.close()\n"  # nobody listens any more
+    assert name in held(proof_of(Unit.CORE, before=shut))
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("cgroup", "file", "text", "expected"),
+    [
+        ("0::/x\n", "x/memory.max", "536870912\n", True),
+        ("0::/x\n", "x/memory.max", "max\n", False),
+        ("0::/x\n", "x/other", "", None),
+        ("4:memory:/x\n0::/\n", "memory/x/memory.limit_in_bytes", "536870912\n", True),
+        ("4:memory:/x\n0::/\n", "memory/x/memory.limit_in_bytes", "9223372036854771712\n", False),
+        ("4:cpu,memory:/x\n", "memory/x/memory.limit_in_bytes", "rubbish\n", False),
+        ("rubbish\n", "x", "", None),
+    ],
+)
+def test_the_memory_bound_is_read_in_either_version(
+    cgroup: str, file: str, text: str, expected: bool | None, tmp_path: Path
+) -> None:
+    (tmp_path / "cgroup").write_text(cgroup)
+    (tmp_path / "fs" / file).parent.mkdir(parents=True)
+    (tmp_path / "fs" / file).write_text(text)
+    before = (
+        "from mycoswarmd.outposts import selftest; from pathlib import Path\n"
+        f"selftest._CGROUP = Path({str(tmp_path / 'cgroup')!r})\n"
+        f"selftest._CGROUPS = Path({str(tmp_path / 'fs')!r})"
+    )
+    (memory,) = [one for one in proof_of(Unit.CORE, before=before).checks if one.name is CheckName.MEMORY]
+    assert memory.ok is expected, memory.detail
+
+
+# --- the canary, in a control group with a filter of its own --------------------------------------
+
+BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_TYPE_CGROUP_SKB, BPF_CGROUP_INET_EGRESS = 5, 8, 8, 1
+BPF_CALL = 321 if platform.machine() == "x86_64" else 280
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def bpf(command: int, attribute: bytes) -> int:
+    buffer = ctypes.create_string_buffer(attribute, 128)
+    return int(LIBC.syscall(BPF_CALL, command, buffer, 128))
+
+
+@contextmanager
+def filtered(tmp_path: Path) -> Iterator[Path]:
+    """Make a control group that nothing leaves, or skip where this kernel lets nobody."""
+    mount = tmp_path / "cgroup2"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "cgroup2", "none", str(mount)], capture_output=True).returncode:
+        pytest.skip("no second version of control groups here")
+    group = mount / f"canary-{os.getpid()}"
+    try:
+        group.mkdir()
+        # r0 = 0; exit: every packet is refused
+        code = ctypes.create_string_buffer(bytes.fromhex("b700000000000000 9500000000000000"))
+        license_ = ctypes.create_string_buffer(b"GPL")
+        load = struct.pack(
+            "=IIQQ", BPF_PROG_TYPE_CGROUP_SKB, 2, ctypes.addressof(code), ctypes.addressof(license_)
+        )
+        program = bpf(BPF_PROG_LOAD, load)
+        there = os.open(group, os.O_RDONLY)
+        attach = struct.pack("=IIII", there, max(program, 0), BPF_CGROUP_INET_EGRESS, 0)
+        attached = bpf(BPF_PROG_ATTACH, attach) if program >= 0 else -1
+        os.close(there)
+        if attached < 0:
+            pytest.skip("no filters for control groups here")
+        yield group
+    finally:
+        group.rmdir()
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+@needs_root
+def test_the_canary_dies_where_the_kernel_filters(tmp_path: Path) -> None:
+    with filtered(tmp_path) as group:
+        enter = f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+        checks = {one.name: one for one in proof_of(Unit.LAN, before=enter).checks}
+        assert (checks[CheckName.CANARY].ok, checks[CheckName.CANARY].detail) == (True, "127.0.0.2: EPERM")
+    assert not proof_of(Unit.LAN).holds(CheckName.CANARY)
+
+
+def test_the_line_is_short_enough_for_whoever_reads_it() -> None:
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", CODE.format(before=""), "core"], check=True, capture_output=True
+    )
+    assert len(run.stdout) <= 4000
+    assert json.loads(run.stdout)["unit"] == "core"
