@@ -57,3 +57,8 @@ completions:  ## write the completion scripts for bash, zsh and fish into build/
 .PHONY: completions
 # Shells and firewalls, whose own word the tests ask for.
 TEST_PACKAGES += zsh fish python3-typer nftables iptables
+
+sbom: $(RUNTIME_STAMP)  ## write what the product is made of (CycloneDX) into build/sbom.json
+	@$(BIN)/python packaging/sbom build/sbom.json
+
+.PHONY: sbom

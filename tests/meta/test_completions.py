@@ -66,7 +66,8 @@ def zsh(scripts: Path, program: str, *words: str) -> list[str]:
         "compdef() { }; "
         "_describe() { local -a rows=(${(P)argv[-1]}); print -l -- ${rows%%:*} }; "
         "_files() { print -- FILES }; _message() { }; compadd() { shift; print -l -- $@ }; "
-        f"source {scripts}/zsh/vendor-completions/_{program}; words=({line}); CURRENT={len(words) + 1}; _{program}"
+        f"source {scripts}/zsh/vendor-completions/_{program}; words=({line}); "
+        f"CURRENT={len(words) + 1}; _{program}"
     )
     ran = subprocess.run(["zsh", "-f", "-c", script], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) in {(0, ""), (1, "")}, ran.stderr
