@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import re
+import socket
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from mycoswarmd.core.recovery import format_recovery, parse_recovery
 from mycoswarmd.core.roster import (
     MAX_BODY_BYTES,
     MAX_KEEP_BODY_BYTES,
+    MAX_PULL_HASHES,
     MAX_REKEYS,
     MAX_ROSTER_BYTES,
     MAX_STATEMENTS,
@@ -43,8 +45,9 @@ from mycoswarmd.core.roster import (
 )
 from mycoswarmd.core.roster.statements import MAX_QUIET_STATEMENTS, RESERVED_BYTES, RESERVED_STATEMENTS
 from mycoswarmd.core.words import six_words
+from mycoswarmd.daemon import backup
 from mycoswarmd.engines import peerhttp
-from mycoswarmd.fleet import hints, link
+from mycoswarmd.fleet import fleet, hints, link
 from mycoswarmd.flow import enrol as flow_enrol
 from mycoswarmd.flow import swarm as flow_swarm
 from mycoswarmd.trust import keys
@@ -257,6 +260,7 @@ def word() -> peer.Word:
     )
 
 
+PROBES = {name: value for level, name, value in peerhttp._PROBES if level == socket.IPPROTO_TCP}
 # Numbers that the page gives, by the words that stand before them there.
 NUMBERS = {
     "statement.bytes": MAX_BODY_BYTES,
@@ -283,6 +287,20 @@ NUMBERS = {
     "dial.first_s": link._FIRST_DELAY_S,
     "dial.longest_s": link._LONGEST_DELAY_S,
     "beacon.every_s": flow_swarm.BEACON_S,
+    "beacon.asked_s": flow_swarm._BEACON_AT_MOST_S,
+    "beacon.fresh_s": flow_swarm._BEACON_IN_NEED_S,
+    "beacon.again_s": link._ASK_AGAIN_S,
+    "peers.ids": fleet._TOLD_IDS,
+    "peers.addresses": fleet._TOLD_ADDRESSES,
+    "pull.hashes": MAX_PULL_HASHES,
+    "probe.first_s": PROBES[socket.TCP_KEEPIDLE],
+    "probe.every_s": PROBES[socket.TCP_KEEPINTVL],
+    "probe.given_up_s": PROBES[socket.TCP_KEEPIDLE]
+    + PROBES[socket.TCP_KEEPINTVL] * PROBES[socket.TCP_KEEPCNT],
+    "unacknowledged_s": peerhttp._UNHEARD_MS / 1000,
+    "idle.server_s": lines._KEEPALIVE_S,
+    "idle.client_s": peerhttp._KEEPALIVE_S,
+    "boot.restored": backup.RESTORED_BOOTS,
     "hints": hints.MAX_HINTS,
     "hints.addresses": hints.MAX_PROVED + hints.MAX_UNPROVED,
     "hint.lasts_s": hints.HINT_S,
