@@ -9,6 +9,7 @@ Laws: every name carries the session's, so that sessions never meet; a janitor p
 the session ends in whatever way; pulling a plug kills a machine at once and keeps its disk.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,7 +219,7 @@ class Machine:
         user: str | None = None,
     ) -> Ran:
         """Run a command in the machine, as root or as this user."""
-        whole = [*self._enter(), *(("setpriv", *_as_user(user)) if user else ()), *argv]
+        whole = [*self._enter(), *(("runuser", "-u", user, "--") if user else ()), *argv]
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
         with _process(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             out, err = process.communicate(data, timeout=timeout_s)
@@ -374,8 +375,11 @@ class Lab:
 @contextmanager
 def lab() -> Iterator[Lab]:
     """Give a lab while the context lasts; a janitor takes it down afterwards, whatever happens to this process."""
+    (CACHE / "sessions").mkdir(mode=0o700, parents=True, exist_ok=True)
     _sweep_orphans()
     session = f"{os.getpid():x}"
+    held = (CACHE / "sessions" / f"{session}.lock").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
     read_fd, write_fd = os.pipe()
     janitor = subprocess.Popen(
         [sys.executable, "-c", "import sys; from tests.appliance.machines import main; main()", session],
@@ -393,6 +397,8 @@ def lab() -> Iterator[Lab]:
         for machine in opened.machines.values():
             machine.pull_plug()
         janitor.wait(60)
+        Path(held.name).unlink()
+        held.close()
 
 
 def main() -> None:
@@ -419,13 +425,11 @@ def sweep(session: str) -> None:
 
 def _sweep_orphans() -> None:
     """Take down sessions whose process has gone, should a janitor have been killed too."""
-    for home in CACHE.glob("sessions/*"):
-        try:
-            is_alive = b"pytest" in Path(f"/proc/{int(home.name, 16)}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            is_alive = False
-        if not is_alive:
-            sweep(home.name)
+    for lock in CACHE.glob("sessions/*.lock"):
+        with suppress(OSError), lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever is alive holds it
+            sweep(lock.stem)
+            lock.unlink()
 
 
 def _cgroup_roots() -> list[Path]:
@@ -482,10 +486,6 @@ def _process(argv: list[str], **pipes: int) -> Iterator[subprocess.Popen[bytes]]
 def _is_overlay(path: Path) -> bool:
     kind = subprocess.run(["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True)
     return kind.stdout.strip() == "overlayfs"
-
-
-def _as_user(user: str) -> tuple[str, ...]:
-    return (f"--reuid={user}", f"--regid={user}", "--clear-groups")
 
 
 def _ip(*argv: str) -> None:
