@@ -1,0 +1,161 @@
+"""The engine as a unit on booted machines: PID 1 confines it, and it still answers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.appliance.conftest import Images
+from tests.appliance.machines import Lab, Machine
+from tests.appliance.nodes import ctl, ctl_json, wait_ready
+from tests.integration.engines import MODEL, MODEL_FILE
+
+HOME = "/var/lib/mycoswarm-engine"
+pytestmark = [pytest.mark.integration, pytest.mark.engine, pytest.mark.timeout(300)]
+# What the unit says of itself, asked as the core may ask.
+PROOF = """
+import socket
+with socket.socket(socket.AF_UNIX) as node:
+    node.connect("/run/mycoswarm-engine.sock")
+    with node.makefile("rb") as lines:
+        print(lines.readline().decode())
+"""
+# What the engine's user may open, tried by a program in the place of the engine, in the engine's own unit.
+PROBE = """#!/usr/bin/python3 -I
+import errno, json, os, socket, sys
+said = {}
+def attempt(name, function):
+    try:
+        function()
+        said[name] = "done"
+    except OSError as exc:
+        said[name] = errno.errorcode[exc.errno]
+def udp(address):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"x", (address, 9))
+def unix(path, kind=socket.SOCK_STREAM):
+    with socket.socket(socket.AF_UNIX, kind) as sock:
+        sock.connect(path)
+attempt("udp", lambda: udp("192.0.2.1"))
+attempt("model", lambda: open("/var/lib/mycoswarm-engine/models/MODEL", "rb").close())
+attempt("write-model", lambda: open("/var/lib/mycoswarm-engine/models/new.gguf", "wb").close())
+attempt("write-engine", lambda: open("/var/lib/mycoswarm-engine/engine/new", "wb").close())
+attempt("socket", lambda: open("/run/mycoswarm-engine/probe", "wb").close())
+attempt("state", lambda: os.listdir("/var/lib/mycoswarm"))
+attempt("api", lambda: unix("/run/mycoswarm/api.sock"))
+attempt("lan", lambda: unix("/run/mycoswarm-lan.sock", socket.SOCK_SEQPACKET))
+attempt("task", lambda: unix("/run/mycoswarm-task.sock"))
+attempt("bus", lambda: unix("/run/dbus/system_bus_socket"))
+attempt("gpu", lambda: open("/dev/nvidiactl", "rb").close())
+with socket.socket(fileno=0) as node:
+    node.sendall(json.dumps(said).encode())
+""".replace("MODEL", MODEL_FILE)
+
+LOOSE = """
+User=root
+PrivateNetwork=no
+PrivateDevices=no
+PrivateUsers=no
+ProtectSystem=no
+InaccessiblePaths=
+RestrictAddressFamilies=
+IPAddressDeny=
+CapabilityBoundingSet=~
+SystemCallFilter=
+"""
+
+
+def give_engine(machine: Machine, state: Path) -> None:
+    """Put the embedded engine and a model where root's `engine install` puts them."""
+    engine = next((state / "engine").glob("xllamacpp-*"))
+    model = f"{HOME}/models/{MODEL_FILE}"
+    machine.push(engine, f"{HOME}/engine")
+    machine.push(state / "models" / MODEL_FILE, f"{HOME}/models")
+    machine.sh(f"chmod -R go+rX,go-w {HOME}/engine; chmod 0640 {model}; chgrp _mycoswarm-engine {model}")
+
+
+@pytest.fixture(scope="module", params=["trixie", "bookworm"])
+def node(
+    request: pytest.FixtureRequest, appliance_lab: Lab, images: Images, embedded_engine: Path
+) -> Iterator[Machine]:
+    """A machine with the package, the embedded engine and a model."""
+    layers = images.node_trixie if request.param == "trixie" else images.node_bookworm
+    machine = appliance_lab.machine(f"engine-{request.param}", *layers)
+    machine.wait_booted()
+    wait_ready(machine)
+    give_engine(machine, embedded_engine)
+    yield machine
+    machine.pull_plug()
+
+
+def engine_of(machine: Machine) -> dict[str, Any]:
+    rows = ctl_json(machine, "status")["engines"]
+    found: dict[str, Any] = next(row for row in rows if row["name"] == "embedded")
+    return found
+
+
+def wait_served(machine: Machine) -> None:
+    machine.wait_until(f"mycoswarmctl models | grep -q {MODEL}", within_s=60)
+
+
+def test_it_answers_and_is_started_again_and_has_proved_that_it_is_confined(node: Machine) -> None:
+    wait_served(node)
+    question = "What is the capital of France? Answer in one short sentence."
+    answer = ctl(node, "ask", "--model", MODEL, "--max-tokens", "24", question)
+    assert "Paris" in answer.out
+    engine = engine_of(node)
+    assert "not confined" not in engine["detail"], engine
+    pid = engine["pid"]
+    status = node.run("cat", f"/proc/{pid}/status").out
+    uid = node.run("id", "-u", "_mycoswarm-engine").out.strip()
+    assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}" in status
+    assert "mycoswarm-engine@" in node.run("cat", f"/proc/{pid}/cgroup").out
+    node.run("kill", "-9", str(pid))
+    node.wait_until("mycoswarmctl status --json | grep -Eq '\"restarts\": ?1'", within_s=30)
+    assert ctl(node, "ask", "--model", MODEL, "--max-tokens", "4", "Hi").out
+    second = engine_of(node)["pid"]
+    assert second != pid
+    # The node is killed, with whatever it was about to do: its engine is gone, and there is one again.
+    node.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "mycoswarmd.service")
+    node.wait_until(f"! test -e /proc/{second}", within_s=10)
+    wait_ready(node)
+    wait_served(node)
+    units = node.run("systemctl", "list-units", "--no-legend", "--state=running", "mycoswarm-engine@*").out
+    assert len(units.splitlines()) == 1, units
+
+
+def test_each_check_of_its_proof_holds(node: Machine) -> None:
+    proof = json.loads(node.python(PROOF).out)["proof"]
+    assert proof["unit"] == "engine"
+    weak = {check["name"]: check["detail"] for check in proof["checks"] if check["ok"] is not True}
+    weak.pop("memory", None)  # the outer machine may keep that controller
+    assert weak == {}
+    assert len(proof["checks"]) > 7
+
+
+def test_only_the_node_may_start_engines(node: Machine) -> None:
+    denied = node.python(PROOF, user="daemon", check=False)
+    assert "PermissionError" in denied.err
+    assert "proof" in node.python(PROOF, user="_mycoswarm").out
+
+
+def test_the_unit_reads_models_and_reaches_nothing_else(node: Machine) -> None:
+    """The unit's own text, with a probe in the place of the program; then the same without confinement."""
+    node.write("/usr/local/bin/probe", PROBE, mode=0o755)
+    ask = PROOF.replace("lines.readline()", "lines.read()")
+    drop_in = "[Service]\nExecStart=\nExecStart=/usr/local/bin/probe\n"
+    node.write("/etc/systemd/system/mycoswarm-engine@.service.d/probe.conf", drop_in)
+    try:
+        node.run("systemctl", "daemon-reload")
+        confined = json.loads(node.python(ask).out)
+        node.write("/etc/systemd/system/mycoswarm-engine@.service.d/probe.conf", drop_in + LOOSE)
+        node.run("systemctl", "daemon-reload")
+        control = json.loads(node.python(ask).out)
+    finally:
+        node.run("rm", "-r", "/etc/systemd/system/mycoswarm-engine@.service.d")
+        node.run("systemctl", "daemon-reload")
+    assert {name for name, said in control.items() if said != "done"} <= {"gpu"}, control  # one could
+    assert {name for name, said in confined.items() if said == "done"} == {"model", "socket"}, confined
+    assert confined["udp"] == "EAFNOSUPPORT"

@@ -1,0 +1,107 @@
+"""The signer as a unit on a booted machine: the node gets signatures, and nobody gets the key."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.appliance.conftest import Images
+from tests.appliance.machines import Lab, Machine
+from tests.appliance.nodes import wait_ready
+
+ROOT = Path(__file__).parents[2]
+UNITS = "/etc/systemd/system"
+NAMES = ("mycoswarm-signer.socket", "mycoswarm-signer@.service")
+KEY = "/var/lib/mycoswarm-signer/signer.key"
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+LAUNCHER = """#!/usr/bin/python3 -I
+import sys
+from mycoswarmd.daemon.signerunit import main
+main(sys.argv[1:])
+"""
+# What the node does, as its user.
+NODE = """
+import json, os
+from pathlib import Path
+from mycoswarmd.core.roster import BEACON_CONTEXT, SIGNING_CONTEXT
+from mycoswarmd.daemon.clock import SystemClock
+from mycoswarmd.errors import MycoswarmError
+from mycoswarmd.trust.keys import verify
+from mycoswarmd.trust.signer import UnitSigner
+node = UnitSigner(Path("/run/mycoswarm-signer.sock"), clock=SystemClock())
+public = node.create()
+said = {"public": public.hex(), "uid": os.getuid()}
+for name, message in {"statement": SIGNING_CONTEXT + b"{}", "beacon": BEACON_CONTEXT + b"{}",
+                      "tls": b" " * 64 + b"TLS 1.3, server CertificateVerify"}.items():
+    try:
+        said[name] = verify(public, node.sign(message), message)
+    except MycoswarmError as exc:
+        said[name] = exc.code
+said["weak"] = {check.name.value: check.detail for check in node.prove().weak()}
+for name, path in {"key": "KEY", "directory": "/var/lib/mycoswarm-signer"}.items():
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+        said[name] = "done"
+    except OSError as exc:
+        said[name] = exc.errno
+print(json.dumps(said))
+""".replace("KEY", KEY)
+
+
+def unit_texts() -> dict[str, str]:
+    """Return the units: the files, or as long as there are none what the page beside them says."""
+    page = (ROOT / "systemd/README.signer.md").read_text()
+    texts = {}
+    for name in NAMES:
+        file = ROOT / "systemd" / name
+        found = re.search(rf"^## `{re.escape(name)}`\n\n```ini\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+        assert file.exists() or found
+        texts[name] = file.read_text() if file.exists() else str(found and found[1])
+    return texts
+
+
+@pytest.fixture(scope="module", params=["trixie", "bookworm"])
+def node(request: pytest.FixtureRequest, appliance_lab: Lab, images: Images) -> Iterator[Machine]:
+    """A machine with the package and the signer's units."""
+    layers = images.node_trixie if request.param == "trixie" else images.node_bookworm
+    machine = appliance_lab.machine(f"signer-{request.param}", *layers)
+    machine.wait_booted()
+    wait_ready(machine)
+    machine.write("/etc/sysusers.d/signer.conf", "u _mycoswarm-signer - signer /\n")
+    machine.run("systemd-sysusers")
+    machine.write("/usr/libexec/mycoswarm/signer", LAUNCHER, mode=0o755)
+    for name, text in unit_texts().items():
+        machine.write(f"{UNITS}/{name}", text)
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", NAMES[0])
+    yield machine
+    machine.pull_plug()
+
+
+def test_the_node_gets_signatures_and_never_the_key(node: Machine) -> None:
+    said = json.loads(node.python(NODE, user="_mycoswarm").out)
+    assert (said["statement"], said["beacon"], said["tls"]) == (True, True, "not-signable")
+    assert (said["key"], said["directory"]) == (13, 13)
+    said["weak"].pop("memory", None)  # the outer machine may keep that controller
+    assert said["weak"] == {}
+    assert node.run("stat", "-c", "%U %a", KEY).out == "_mycoswarm-signer 600\n"
+    assert node.run("stat", "-c", "%U %a", str(Path(KEY).parent)).out == "_mycoswarm-signer 700\n"
+    # Root could: with the same program, what is refused to the node is not refused to everybody.
+    root = json.loads(node.python(NODE).out)
+    assert (root["key"], root["directory"], root["public"]) == ("done", "done", said["public"])
+    # Each connection was a unit of its own, and none is left.
+    node.wait_until("! systemctl list-units --no-legend 'mycoswarm-signer@*' | grep -q .", within_s=10)
+
+
+def test_nobody_else_may_ask(node: Machine) -> None:
+    assert "Permission denied" in node.python(NODE, user="daemon", check=False).err
+    assert "Permission denied" in node.python(NODE, user="_mycoswarm-lan", check=False).err
+
+
+def test_its_unit_is_tight(node: Machine) -> None:
+    score = node.run(
+        "systemd-analyze", "security", "--threshold=5", "mycoswarm-signer@x.service", check=False
+    )
+    assert score.code == 0, score.out.splitlines()[-1]
