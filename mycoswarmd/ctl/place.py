@@ -1,8 +1,9 @@
 """Where the node is that a command talks to: a socket here, or as an operator a member of the swarm.
 
 A socket: --socket, --state, $MYCOSWARM_SOCKET, then the defaults of root or of XDG, which are those of the
-daemon's own settings (a test compares them), then the socket of the machine's own node. Who runs no node of their own gets the machine's. A member: --node or $MYCOSWARM_NODE; without either, where there
-is no daemon and this person is enrolled as an operator, whichever member is nearest.
+daemon's own settings; a test compares them. Who runs no node of their own gets the machine's. A member:
+--node or $MYCOSWARM_NODE; without either, where there is no daemon and this person is enrolled as an
+operator, whichever member is nearest.
 """
 
 import os
@@ -15,7 +16,6 @@ from mycoswarmd.errors import BadRequest
 # What an operator's directory has in it once a swarm has admitted the operator.
 ROSTER_FILE = "roster.json"
 _PROBE_S = 1.0
-_MACHINE_SOCKET = Path("/run/mycoswarm/api.sock")
 # Of the node that belongs to the machine; the policy decides what each user may do with it.
 SYSTEM_SOCKET = Path("/run/mycoswarm/api.sock")
 
@@ -86,7 +86,7 @@ def find_socket(socket_path: Path | None, state: Path | None) -> Path:
 
 def _runtime_dir() -> Path:
     if os.geteuid() == 0:
-        return _MACHINE_SOCKET.parent
+        return SYSTEM_SOCKET.parent
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "mycoswarm"
     base = os.environ.get("XDG_STATE_HOME")
