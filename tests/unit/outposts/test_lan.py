@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 from mycoswarmd.outposts.dialing import LanDialer
 from mycoswarmd.wire.dial import PACKET_BYTES
 from mycoswarmd.wire.proof import EXPECTED, CheckName, Unit
-from tests.dialers import UNGUARDED, Dialer, ask, deaf, inside, ip, lan_dialer, network
+from tests.dialers import CONFINED, PROGRAM, UNGUARDED, Dialer, ask, deaf, inside, ip, lan_dialer, network
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces and other users")
 PROVE = b'{"v":1,"do":"prove"}'
@@ -177,7 +177,8 @@ def _accepted(listener: socket.socket) -> bool:
 
 
 @needs_root
-async def test_a_home_network_is_reached_by_both_versions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [PROGRAM, CONFINED], ids=["free", "without other sockets"])
+async def test_a_home_network_is_reached_by_both_versions(program: Sequence[str], tmp_path: Path) -> None:
     with (
         network(
             "lana",
@@ -195,7 +196,9 @@ async def test_a_home_network_is_reached_by_both_versions(tmp_path: Path) -> Non
             ip("-n", namespace, "addr", "add", f"fe80::{last}/64", "dev", "lan0", "nodad")
             ip("-n", namespace, "link", "set", "lan0", "up")
         listener = inside(there, lambda: _everywhere(7437))
-        with listener, lan_dialer(tmp_path, namespace=here) as dialer:
+        with listener, lan_dialer(tmp_path, namespace=here, program=program) as dialer:
+            proof = await LanDialer(dialer.path).prove()
+            assert proof.holds(CheckName.ADDRESS_FAMILIES) == (program is CONFINED)
             for host in ("10.77.0.2", "fd77::2", "fe80::2%lan0"):
                 with await LanDialer(dialer.path).connect(host, 7437, 5) as sock:
                     sock.send(b"x")

@@ -1,19 +1,15 @@
 """The self-test in processes with and without each confinement: it flips with the kernel, not with a file."""
 
-import ctypes
 import json
 import os
-import platform
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from mycoswarmd.wire.proof import EXPECTED, CheckName, Proof, Unit, parse_proof
+from tests.dialers import control_group, let_nothing_out
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes rights away from a process that has them")
 CODE = """
@@ -186,48 +182,11 @@ def test_the_memory_bound_is_read_in_either_version(
 
 # --- the canary, in a control group with a filter of its own --------------------------------------
 
-BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_TYPE_CGROUP_SKB, BPF_CGROUP_INET_EGRESS = 5, 8, 8, 1
-BPF_CALL = 321 if platform.machine() == "x86_64" else 280
-LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def bpf(command: int, attribute: bytes) -> int:
-    buffer = ctypes.create_string_buffer(attribute, 128)
-    return int(LIBC.syscall(BPF_CALL, command, buffer, 128))
-
-
-@contextmanager
-def filtered(tmp_path: Path) -> Iterator[Path]:
-    """Make a control group that nothing leaves, or skip where this kernel lets nobody."""
-    mount = tmp_path / "cgroup2"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "cgroup2", "none", str(mount)], capture_output=True).returncode:
-        pytest.skip("no second version of control groups here")
-    group = mount / f"canary-{os.getpid()}"
-    try:
-        group.mkdir()
-        # r0 = 0; exit: every packet is refused
-        code = ctypes.create_string_buffer(bytes.fromhex("b700000000000000 9500000000000000"))
-        license_ = ctypes.create_string_buffer(b"GPL")
-        load = struct.pack(
-            "=IIQQ", BPF_PROG_TYPE_CGROUP_SKB, 2, ctypes.addressof(code), ctypes.addressof(license_)
-        )
-        program = bpf(BPF_PROG_LOAD, load)
-        there = os.open(group, os.O_RDONLY)
-        attach = struct.pack("=IIII", there, max(program, 0), BPF_CGROUP_INET_EGRESS, 0)
-        attached = bpf(BPF_PROG_ATTACH, attach) if program >= 0 else -1
-        os.close(there)
-        if attached < 0:
-            pytest.skip("no filters for control groups here")
-        yield group
-    finally:
-        group.rmdir()
-        subprocess.run(["umount", str(mount)], check=True)
-
 
 @needs_root
 def test_the_canary_dies_where_the_kernel_filters(tmp_path: Path) -> None:
-    with filtered(tmp_path) as group:
+    with control_group(tmp_path) as group:
+        let_nothing_out(group)
         enter = f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
         checks = {one.name: one for one in proof_of(Unit.LAN, before=enter).checks}
         assert (checks[CheckName.CANARY].ok, checks[CheckName.CANARY].detail) == (True, "127.0.0.2: EPERM")
