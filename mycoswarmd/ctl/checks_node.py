@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mycoswarmd.ctl.box import Box, Finding, Severity
@@ -32,6 +32,8 @@ UNITS = (
     "mycoswarm-task@.service",
     "mycoswarm-engine.socket",
     "mycoswarm-engine@.service",
+    "mycoswarm-signer.socket",
+    "mycoswarm-signer@.service",
 )
 _UNIT_PLACES = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
 _DISK_LOW_BYTES, _DISK_FULL_BYTES = 1 << 30, 64 << 20
@@ -47,6 +49,7 @@ class Node:
 
     Attributes:
         problem: why the settings cannot be read, or "".
+        is_service: systemd runs it as units.
     """
 
     state: str = STATE
@@ -54,6 +57,7 @@ class Node:
     policy: str = POLICY
     values: Doc = field(default_factory=dict)
     problem: str = ""
+    is_service: bool = False
 
     def port(self, key: str, default: int) -> int | None:
         """Return the port of a listener; None when it is turned off."""
@@ -70,8 +74,8 @@ class Node:
 
     @property
     def api_port(self) -> int | None:
-        """The port for programs with a key."""
-        return self.port("listen", API_PORT)
+        """The port for programs with a key; a service has none unless it is told to."""
+        return None if self.is_service and "listen" not in self.values else self.port("listen", API_PORT)
 
     @property
     def engines(self) -> Mapping[str, object]:
@@ -90,7 +94,7 @@ def find_node(box: Box, state: Path | None) -> Node:
         own = f"{base}/mycoswarm"
         node = Node(state=own, policy=f"{own}/policy.toml" if box.has(f"{own}/policy.toml") else POLICY)
     else:
-        node = Node()
+        node = Node(is_service=has_units(box))
     text = box.read(node.config)
     if text is None:
         return node
@@ -98,11 +102,11 @@ def find_node(box: Box, state: Path | None) -> Node:
     try:
         values: Doc = toml.loads(text)
     except ValueError as exc:
-        return Node(state=node.state, config=node.config, policy=node.policy, problem=str(exc))
+        return replace(node, problem=str(exc))
     said = {key: value for key in ("state_dir", "policy") if isinstance(value := values.get(key), str)}
-    return Node(
+    return replace(
+        node,
         state=said.get("state_dir", node.state) if state is None else node.state,
-        config=node.config,
         policy=said.get("policy", node.policy),
         values=values,
     )

@@ -20,6 +20,8 @@ UNITS = (
     "mycoswarm-task@.service",
     "mycoswarm-engine.socket",
     "mycoswarm-engine@.service",
+    "mycoswarm-signer.socket",
+    "mycoswarm-signer@.service",
 )
 # Raspberry Pi OS of 2025 (trixie) on a Pi 4, as its firmware and kernel say it.
 PI_CMDLINE = (

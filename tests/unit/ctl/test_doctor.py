@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mycoswarmd.core.policy import check as policy_check
+from mycoswarmd.ctl import checks_node
 from mycoswarmd.ctl.box import Finding, Severity, Space, this_box
 from mycoswarmd.ctl.checks_network import Listener, listeners
 from mycoswarmd.ctl.client import UnixTransport
@@ -228,6 +229,14 @@ CASES: dict[str, tuple[Change, dict[str, Severity], str]] = {
         {"port 7437": BROKEN},
         ":7437",
     ),
+    "a port that the service does not use": (lambda tree: tree.listen("127.0.0.1", 7436, "nginx"), {}, ""),
+    "a taken port of the API": (
+        lambda tree: tree.listen("127.0.0.1", 7436, "nginx").put(
+            {"/etc/mycoswarm/mycoswarm.toml": 'listen = "127.0.0.1:7436"\n'}
+        ),
+        {"port 7436": BROKEN},
+        ":7436",
+    ),
     "another port in the settings": (
         lambda tree: tree.listen("::", 7437, "nginx").put(
             {"/etc/mycoswarm/mycoswarm.toml": 'swarm_listen = "[::]:7000"\n'}
@@ -259,10 +268,17 @@ def test_each_finding_is_one_sentence_and_one_command(tmp_path: Path) -> None:
             assert one.detail.endswith(".") and one.detail[0].isupper(), one
             assert "\n" not in one.detail + one.fix
             for part in one.fix.removeprefix("sudo ").split(" && "):
-                if part.startswith("mycoswarmctl ") and not part.startswith("mycoswarmctl service "):
+                if part.startswith("mycoswarmctl "):
                     parse(whole, part.split()[1:])
                     seen += 1
     assert seen >= 2
+
+
+def test_the_units_that_are_looked_for_are_those_of_the_package() -> None:
+    units = Path(__file__).parents[3] / "systemd"
+    assert set(checks_node.UNITS) == {
+        one.name for one in units.iterdir() if one.suffix in {".service", ".socket"}
+    }
 
 
 # --- cures ---------------------------------------------------------------------------------------
