@@ -1,15 +1,14 @@
-"""This node's membership of a swarm: what the roster says, and every act that changes it.
+"""This node's membership of a swarm: every act of a person that changes it.
 
-Law: a statement is verified, then on disk, then believed, in this order; what is believed only grows,
-until an epoch of the recovery key begins it anew. Nothing here rests on the wall clock: freshness is
-counted by signers and measured by the time since boot.
+Law: one act at a time. Its receipt is written before it takes effect; what it signs goes the way of all
+statements; what others have to hear first is given to them first. What is known and how it is believed is
+in flow/swarmroster.py, how it is exchanged and how fresh it is in flow/swarmexchange.py.
 Source: docs/wire.md.
 """
 
 import asyncio
 import base64
-import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from mycoswarmd.core.names import numbered
@@ -18,392 +17,25 @@ from mycoswarmd.core.roster import (
     MAX_STATEMENTS,
     Kind,
     Member,
-    ReadCert,
     Roster,
     Statement,
     StatementSet,
-    Verify,
-    encode_beacon,
-    encode_statement,
     make_body,
-    parse_beacon,
-    parse_statement,
-    read_new,
-    sign_beacon,
     signed,
 )
-from mycoswarmd.core.types import UNKNOWN, Role, Unknown
-from mycoswarmd.errors import BadRequest, ConfigError, Conflict, NotFound, StoreError, Unavailable
-from mycoswarmd.flow.ports import Entropy, ReceiptLog
-from mycoswarmd.flow.swarmports import BeaconRow, BootClock, Identity, IdentityStore, RosterStore, Signer
+from mycoswarmd.core.types import Role
+from mycoswarmd.errors import BadRequest, Conflict, NotFound
+from mycoswarmd.flow.swarmexchange import SwarmExchange
+from mycoswarmd.flow.swarmports import Identity
+from mycoswarmd.flow.swarmroster import MIN_PREFIX
 
-log = logging.getLogger(__name__)
-
-# Signers say this often that they are there; a node's roster is as old as the last word it heard.
-BEACON_S = 6 * 3600.0
-# A peer that asks hears a new one, but not more often than this; and where it does not know how old its
-# roster is, because it was just started, that.
-_BEACON_AT_MOST_S = 60.0
-_BEACON_IN_NEED_S = 5.0
-# Signatures are checked in a thread from this many statements on; each takes about 0.15 ms.
-_INLINE_STATEMENTS = 20
-# What a roster means is worked out in a thread from this many statements on: 10,000 take 0.3 s.
-_INLINE_ROSTER = 500
-_MIN_PREFIX = 4
 _MIN_KEY_PREFIX = 8
 # As many keys are removed at once; one node can have more only by the doing of a stolen signer.
 _MAX_REMOVALS = 64
-_HASH_CHARS = 64
-# Who begins with an empty database has started less often than the others remember, so it needs a new key.
-_DAMAGED_HINT = (
-    "restore a backup; or move the database and its -wal file away, start, and do mycoswarmctl leave, then"
-    " enroll again"
-)
 
 
-class Swarm:
-    """The roster of this node, kept on disk before it is believed. One per daemon."""
-
-    def __init__(
-        self,
-        *,
-        store: RosterStore,
-        identities: IdentityStore,
-        signer: Signer,
-        receipts: ReceiptLog,
-        clock: BootClock,
-        entropy: Entropy,
-        verify: Verify,
-        read_cert: ReadCert,
-    ) -> None:
-        self._store = store
-        self._identities = identities
-        self._signer = signer
-        self._receipts = receipts
-        self._clock = clock
-        self._entropy = entropy
-        self._verify = verify
-        self._read_cert = read_cert
-        self._set: StatementSet | None = None
-        # One act of a person at a time; and one change of disk and belief, taken after that.
-        self._acts = asyncio.Lock()
-        self._lock = asyncio.Lock()
-        self._listeners: list[Callable[[], None]] = []
-        self._beacons: dict[str, BeaconRow] = {}
-        self._heard_at_s: dict[str, float] = {}  # by signer, on the boot clock
-        self.identity: Identity | None = None
-        self.version = 0
-        self.boot = 0
-        self.instance = entropy.token(8)
-        # How another node's signing key is asked for, and how news is spread; set by the wiring.
-        self.ask_signer_key: Callable[[str], Awaitable[str]] | None = None
-        self.spread: Callable[[], Awaitable[None]] | None = None
-        self.give: Callable[[Sequence[Mapping[str, object]]], Awaitable[None]] | None = None
-        self.reached: Callable[[], Mapping[str, Sequence[str]]] = dict
-
-    async def start(self, *, boots: int = 1) -> None:
-        """Read what is on disk; StoreError for a damaged roster, ConfigError for one without a key.
-
-        `boots` is what this start counts for: more than one after a restore, so that nobody takes this node
-        for a copy of itself.
-        """
-        self.boot = await self._store.next_boot(by=boots)
-        self.identity = await asyncio.to_thread(self._identities.load)
-        statements, beacons = await self._store.load()
-        if not statements:
-            return
-        try:
-            self._set = await asyncio.to_thread(self._read_set, statements)
-        except (BadRequest, Unavailable) as exc:
-            raise StoreError(
-                "roster-damaged",
-                f"cannot use the roster in the database: it is damaged ({exc.message})",
-                hint=_DAMAGED_HINT,
-            ) from exc
-        self._beacons = {row.signer: row for row in beacons if self._is_whole(row)}
-        self.version += 1
-        if self.identity is None:
-            raise ConfigError(
-                "identity-missing",
-                "cannot use this state directory: it has a roster and no node key",
-                hint="restore a backup, or move the database away and enroll again",
-            )
-        if self.member(self.identity.node_id) is None:
-            await self._adopt_prepared_key()
-
-    def _is_whole(self, row: BeaconRow) -> bool:
-        """Tell whether a beacon from the disk is what was written; the others would refuse any other."""
-        try:
-            beacon = parse_beacon(row.beacon, verify=self._verify)
-        except BadRequest as exc:
-            log.warning("a damaged beacon in the database is left out: %s", exc.message)
-            return False
-        return (beacon.signer, beacon.n) == (row.signer, row.n)
-
-    def _read_set(self, statements: Sequence[object]) -> StatementSet:
-        parsed = [self._parse(one) for one in statements]
-        whole = StatementSet(parsed[0])
-        whole.add(parsed[1:], whole=True)
-        return whole
-
-    def _parse(self, untrusted: object) -> Statement:
-        return parse_statement(untrusted, verify=self._verify, read_cert=self._read_cert)
-
-    async def _adopt_prepared_key(self) -> None:
-        """Finish a rekey that was interrupted between its statement and the change of files."""
-        following = await asyncio.to_thread(self._identities.prepare_next)
-        if self.member(following.node_id) is not None:
-            self.identity = following  # the roster says so, whatever becomes of the files
-            self.identity = await asyncio.to_thread(self._identities.adopt_next)
-
-    async def run(self) -> None:
-        """Sign a beacon now and then, where this node is a signer."""
-        while True:
-            await self._try_beacon()
-            await asyncio.sleep(BEACON_S)
-
-    # --- what is known ---------------------------------------------------------------------------
-
-    @property
-    def roster(self) -> Roster | None:
-        """What the statements say, or None: this node is in no swarm."""
-        return self._set.roster if self._set is not None else None
-
-    @property
-    def self_id(self) -> str | None:
-        """This node's id, once it has a key."""
-        return self.identity.node_id if self.identity is not None else None
-
-    @property
-    def digest(self) -> str:
-        """The hash of all statements, or "" without a swarm."""
-        roster = self.roster
-        return roster.digest if roster is not None else ""
-
-    def is_member(self) -> bool:
-        """Tell whether this node is a live member of its swarm."""
-        return self.self_id is not None and self.member(self.self_id) is not None
-
-    def is_signer(self) -> bool:
-        """Tell whether this node may sign statements that count."""
-        roster, key = self.roster, self._signer.public_key()
-        return roster is not None and key is not None and roster.signers.get(key.hex()) == self.self_id
-
-    def member(self, node_id: str) -> Member | None:
-        """Return a live member."""
-        roster = self.roster
-        return roster.members.get(node_id) if roster is not None else None
-
-    def find(self, text: str) -> Member:
-        """Return the live member with this name, id or beginning of an id; NotFound("unknown-node")."""
-        members = list(self._require_roster().members.values())
-        named = [one for one in members if text in {one.name, one.id}]
-        if not named and len(text) >= _MIN_PREFIX:
-            named = [one for one in members if one.id.startswith(text)]
-        if len(named) == 1:
-            return named[0]
-        known = ", ".join(sorted(one.name for one in members)[:8])
-        cause = "its name fits several" if named else "it is not in the roster"
-        raise NotFound(
-            "unknown-node", f"cannot find node {text[:80]!r}: {cause}", hint=f"nodes here: {known}"
-        )
-
-    def peers(self) -> list[Member]:
-        """Return the live members that compute, without this node."""
-        roster = self.roster
-        members = roster.members.values() if roster is not None else ()
-        return [one for one in members if one.role is Role.NODE and one.id != self.self_id]
-
-    def age_s(self) -> int | Unknown:
-        """Return for how long no signer was heard; UNKNOWN since a boot without any word."""
-        roster = self.roster
-        if roster is None:
-            return UNKNOWN
-        heard = [at_s for signer, at_s in self._heard_at_s.items() if signer in roster.signers]
-        if not heard:
-            return UNKNOWN
-        return max(0, int(self._clock.boot_s() - max(heard)))
-
-    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Call a function right after each change is believed; returns what ends that."""
-        self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
-
-    # --- exchange --------------------------------------------------------------------------------
-
-    def hashes(self) -> list[str]:
-        """Return the hash of each statement held."""
-        roster = self.roster
-        return sorted(roster.hashes) if roster is not None else []
-
-    def missing(self, have: frozenset[str]) -> list[dict[str, object]]:
-        """Return the statements that somebody with these hashes lacks, in wire form."""
-        if self._set is None:
-            return []
-        return [encode_statement(one) for one in self._set.missing(have)]
-
-    async def _lacked(self, have: frozenset[str]) -> list[dict[str, object]]:
-        if self._set is None or len(self._set) - len(have) < _INLINE_ROSTER:
-            return self.missing(have)
-        return await asyncio.to_thread(self.missing, have)
-
-    async def merge(self, untrusted: Sequence[object]) -> int:
-        """Verify, store and then believe statements; return how many were new.
-
-        Raises BadRequest for a statement that is malformed or that nobody vouches for; then none is kept.
-        """
-        whole = self._whole()
-        if len(untrusted) > MAX_STATEMENTS:
-            raise BadRequest("roster-full", f"cannot take more than {MAX_STATEMENTS} statements at once")
-        if len(untrusted) > _INLINE_STATEMENTS:
-            parsed = await asyncio.to_thread(read_new, untrusted, whole, parse=self._parse)
-        else:
-            parsed = read_new(untrusted, whole, parse=self._parse)
-        async with self._lock:
-            try:
-                return await self._believe(parsed)
-            except Unavailable:  # full: whoever filled it does not keep us from hearing that it is out
-                await self._believe(self._whole().urgent(parsed))
-                raise
-
-    async def _believe(self, statements: Sequence[Statement], *, invite: str | None = None) -> int:
-        """Store statements and believe them, and use up an invitation, all or nothing. Under `_lock`."""
-        whole = self._whole()
-        before = whole.roster
-        after = whole.copy()
-        if len(whole) + len(statements) > _INLINE_ROSTER:
-            fresh = await asyncio.to_thread(_added, after, statements)
-        else:
-            fresh = _added(after, statements)
-        if not fresh and invite is None:
-            return 0
-        done = _Done()
-
-        def settled(failure: BaseException | None) -> None:
-            if failure is None and fresh:
-                self._set = after
-            done.set()
-
-        try:
-            was_cancelled = await done.settle(
-                self._store.add(
-                    [(one.sha256, encode_statement(one)) for one in fresh],
-                    drop=sorted(before.hashes - after.roster.hashes),
-                    invite=invite,
-                    settled=settled,
-                )
-            )
-            if self.self_id in {one.facts["old"] for one in fresh if one.kind is Kind.REKEY}:
-                await self._adopt_prepared_key()
-            _go_on(was_cancelled)
-        except StoreError as exc:
-            if self._set is not after:
-                raise
-            log.error("the key on disk is not the new one yet: %s", exc)  # noqa: TRY400 - in its own words
-        finally:
-            if self._set is after:
-                self._report_returned(before, after.roster)
-                self._changed()
-        return len(fresh)
-
-    def _report_returned(self, before: Roster, after: Roster) -> None:
-        """Say who was out and is back by the word of the recovery key; perhaps it did not know."""
-        for node_id in sorted(before.revoked.keys() & after.members.keys()):
-            log.warning(
-                "%s (%s) was out, %r, and is a member again since the swarm was recovered: if that was not "
-                "meant, revoke it again",
-                after.members[node_id].name,
-                node_id,
-                before.revoked[node_id],
-            )
-
-    def _changed(self) -> None:
-        self.version += 1
-        for listener in list(self._listeners):
-            listener()
-
-    async def pull(self, untrusted_body: Mapping[str, object]) -> dict[str, object]:
-        """Answer anybody's question for the statements it lacks: they prove themselves."""
-        self._require_roster()
-        return {"statements": await self._lacked(_hashes(untrusted_body)), "digest": self.digest}
-
-    async def sync(self, untrusted_body: Mapping[str, object]) -> dict[str, object]:
-        """Take what a member sends and answer with what it lacks and what we still want."""
-        given = untrusted_body.get("statements", [])
-        if not isinstance(given, list):
-            raise BadRequest("bad-request", "cannot take statements: not a list", where="statements")
-        have = _hashes(untrusted_body)
-        if given:
-            await self.merge(given)
-        is_needed = untrusted_body.get("fresh") is True
-        await self._beacon_if_older(_BEACON_IN_NEED_S if is_needed else _BEACON_AT_MOST_S)
-        mine = frozenset(self.hashes())
-        return {
-            "statements": await self._lacked(have),
-            "want": sorted(have - mine),
-            "digest": self.digest,
-            "beacons": self.beacons(),
-            "peers": dict(self.reached()),
-        }
-
-    # --- freshness -------------------------------------------------------------------------------
-
-    def beacons(self) -> list[Mapping[str, object]]:
-        """Return the newest beacon of each signer, in wire form."""
-        return [row.beacon for row in self._beacons.values()]
-
-    async def merge_beacons(self, untrusted: Sequence[object]) -> None:
-        """Take the beacons that are newer than what was heard; ignore all others."""
-        roster = self.roster
-        if roster is None:
-            return
-        known_ones = self.beacons()
-        for one in untrusted[:64]:
-            if one in known_ones:
-                continue
-            beacon = parse_beacon(one, verify=self._verify)
-            known = self._beacons.get(beacon.signer)
-            is_ours = beacon.swarm == roster.swarm_id and beacon.signer in roster.signers
-            if not is_ours or (known is not None and beacon.n <= known.n):
-                continue
-            await self._keep_beacon(BeaconRow(signer=beacon.signer, n=beacon.n, beacon=encode_beacon(beacon)))
-
-    async def _keep_beacon(self, row: BeaconRow) -> None:
-        async with self._lock:
-            if self.roster is None or row.beacon["swarm"] != self.roster.swarm_id:
-                return  # it was left meanwhile
-            await self._store.put_beacon(row)
-            self._beacons[row.signer] = row
-            self._heard_at_s[row.signer] = self._clock.boot_s()
-
-    async def _try_beacon(self) -> None:
-        """Sign a beacon; that the disk is full or the signer away is no reason to stop anything else."""
-        try:
-            await self._beacon()
-        except (StoreError, Unavailable) as exc:
-            log.warning("no beacon was signed: %s", exc.message)
-
-    async def _beacon_if_older(self, than_s: float) -> None:
-        key = self._signer.public_key()
-        heard_s = self._heard_at_s.get(key.hex()) if key is not None else None
-        if heard_s is None or self._clock.boot_s() - heard_s >= than_s:
-            await self._try_beacon()
-
-    async def _beacon(self) -> None:
-        key, roster = self._signer.public_key(), self.roster
-        if key is None or roster is None or not self.is_signer():
-            return
-        known = self._beacons.get(key.hex())
-        beacon = sign_beacon(
-            swarm=roster.swarm_id,
-            epoch=roster.epoch,
-            signer=key,
-            n=(known.n if known is not None else 0) + 1,
-            sign=self._signer.sign,
-        )
-        await self._keep_beacon(BeaconRow(signer=key.hex(), n=_number(beacon), beacon=beacon))
-
-    # --- acts of a person ------------------------------------------------------------------------
+class Swarm(SwarmExchange):
+    """The swarm, for people and for the rest of the daemon. One per daemon."""
 
     async def init(self, name: str, *, node_name: str, recovery_public_hex: str) -> dict[str, object]:
         """Begin a swarm of one: this node, its signer, and the recovery key that the person wrote down."""
@@ -449,23 +81,6 @@ class Swarm:
                 f"cannot {what}: this node is in swarm {self.roster.name!r} already",
                 hint="mycoswarmctl leave first",
             )
-
-    async def _begin(self, whole: StatementSet, identity: Identity) -> None:
-        """Store and believe a whole roster."""
-        done = _Done()
-
-        def settled(failure: BaseException | None) -> None:
-            if failure is None:
-                self.identity, self._set = identity, whole
-            done.set()
-
-        async with self._lock:
-            rows = [(one.sha256, encode_statement(one)) for one in whole.missing(frozenset())]
-            try:
-                _go_on(await done.settle(self._store.add(rows, settled=settled)))
-            finally:
-                if self._set is whole:
-                    self._changed()
 
     async def admit(self, *, cert_der: bytes, name: str, role: str, invite: str) -> Member:
         """Sign a newcomer in and use up its invitation, both or neither.
@@ -595,28 +210,6 @@ class Swarm:
         await self._note("leave", node=identity.node_id)
         await self._give(signed(body, (identity.public_key, identity.sign)))
 
-    async def _forget(self) -> None:
-        """Drop roster and keys; this node is in no swarm afterwards. Under `_lock`."""
-        done = _Done()
-
-        def settled(failure: BaseException | None) -> None:
-            if failure is None:
-                self._set = self.identity = None
-                self._beacons, self._heard_at_s = {}, {}
-            done.set()
-
-        try:
-            was_cancelled = await done.settle(self._store.clear(settled=settled))
-            await asyncio.to_thread(self._destroy_keys)
-            _go_on(was_cancelled)
-        finally:
-            if self._set is None:
-                self._changed()
-
-    def _destroy_keys(self) -> None:
-        self._signer.destroy()
-        self._identities.destroy()
-
     async def rekey(self) -> dict[str, object]:
         """Put a new key in the place of this node's; the old id is never used again."""
         async with self._acts:
@@ -704,19 +297,7 @@ class Swarm:
             self._signer.destroy()
         return self._signer.create().hex()
 
-    # --- helpers ---------------------------------------------------------------------------------
-
-    def _whole(self) -> StatementSet:
-        if self._set is None:
-            raise Conflict(
-                "no-swarm",
-                "cannot do this: this node is in no swarm",
-                hint="mycoswarmctl init begins one, mycoswarmctl enroll joins one",
-            )
-        return self._set
-
-    def _require_roster(self) -> Roster:
-        return self._whole().roster
+    # --- helpers -----------------------------------------------------------------------------------
 
     def _new(self, kind: Kind, **facts: object) -> Statement:
         """Sign a statement that counts now, or say why this node cannot."""
@@ -780,7 +361,7 @@ class Swarm:
 
     def _revoked_id(self, text: str) -> str:
         found = [one for one in self._require_roster().revoked if one.startswith(text)]
-        if len(found) != 1 or len(text) < _MIN_PREFIX:
+        if len(found) != 1 or len(text) < MIN_PREFIX:
             raise NotFound("unknown-node", f"cannot restore {text[:80]!r}: give the id of a revoked node")
         return found[0]
 
@@ -792,61 +373,6 @@ class Swarm:
         """Hand statements to everybody who can be reached, before they take effect here."""
         if self.give is not None:
             await self.give(statements)
-
-    async def _note(self, what: str, **facts: object) -> None:
-        """Write the receipt of a change before it takes effect."""
-        await self._receipts.durable(self._receipts.append("swarm", {"what": what, **facts}))
-
-
-class _Done:
-    """Waits until the disk has settled a write, also when the caller is cancelled meanwhile.
-
-    Whoever hangs up in the middle does not leave disk and belief apart.
-    """
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self.set = self._event.set
-
-    async def settle(self, write: Awaitable[None]) -> bool:
-        """Await a write that calls `set` in its end; tell whether the caller was cancelled meanwhile."""
-        try:
-            await write
-        except asyncio.CancelledError:
-            while not self._event.is_set():
-                with suppress(asyncio.CancelledError):
-                    await self._event.wait()
-            return True
-        return False
-
-
-def _go_on(was_cancelled: bool) -> None:  # noqa: FBT001
-    """End what was cancelled while it could not be interrupted."""
-    if was_cancelled:
-        raise asyncio.CancelledError
-
-
-def _added(whole: StatementSet, statements: Sequence[Statement]) -> tuple[Statement, ...]:
-    """Add statements and work out what the set means then."""
-    fresh = whole.add(statements)
-    _ = whole.roster  # kept in the set from now on
-    return fresh
-
-
-def _hashes(untrusted_body: Mapping[str, object]) -> frozenset[str]:
-    have = untrusted_body.get("have", [])
-    if not isinstance(have, list) or len(have) > MAX_STATEMENTS:
-        raise BadRequest("bad-request", "cannot compare rosters: have is no list of hashes", where="have")
-    for one in have:
-        if not isinstance(one, str) or len(one) != _HASH_CHARS:
-            raise BadRequest("bad-request", "cannot compare rosters: not a sha256 in hex", where="have")
-    return frozenset(have)
-
-
-def _number(beacon: Mapping[str, object]) -> int:
-    n = beacon["n"]
-    assert isinstance(n, int)
-    return n
 
 
 def _b64(data: bytes) -> str:

@@ -49,7 +49,7 @@ from mycoswarmd.daemon import backup
 from mycoswarmd.engines import peerhttp
 from mycoswarmd.fleet import fleet, hints, link
 from mycoswarmd.flow import enrol as flow_enrol
-from mycoswarmd.flow import swarm as flow_swarm
+from mycoswarmd.flow import swarmexchange as flow_exchange
 from mycoswarmd.trust import keys
 from mycoswarmd.trust.certificate import CERTIFICATE_BYTES, make_certificate, read_certificate, server_name
 from mycoswarmd.wire import peer
@@ -286,9 +286,9 @@ NUMBERS = {
     "watch.silent_s": peer.SILENT_S,
     "dial.first_s": link._FIRST_DELAY_S,
     "dial.longest_s": link._LONGEST_DELAY_S,
-    "beacon.every_s": flow_swarm.BEACON_S,
-    "beacon.asked_s": flow_swarm._BEACON_AT_MOST_S,
-    "beacon.fresh_s": flow_swarm._BEACON_IN_NEED_S,
+    "beacon.every_s": flow_exchange.BEACON_S,
+    "beacon.asked_s": flow_exchange.BEACON_AT_MOST_S,
+    "beacon.fresh_s": flow_exchange.BEACON_IN_NEED_S,
     "beacon.again_s": link._ASK_AGAIN_S,
     "peers.ids": fleet._TOLD_IDS,
     "peers.addresses": fleet._TOLD_ADDRESSES,
