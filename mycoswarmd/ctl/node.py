@@ -9,12 +9,14 @@ from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import count, line, size, span
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.errors import Denied, Unreachable
+from mycoswarmd.errors import Denied, NotFound, Unreachable
 
 _COLOURS = {"green": "green", "yellow": "yellow", "red": "red"}
 _EVERY_S = 1.0
 # Erase the screen and go to its top left corner (ECMA-48: ED 2, CUP).
 _CLEAR = "\x1b[2J\x1b[H"
+
+_HOLDS = {True: "yes", False: "NO", None: "unknown"}
 
 STATUS_EXAMPLES = examples("mycoswarmctl status", "mycoswarmctl status --json | jq .state")
 MODELS_EXAMPLES = examples("mycoswarmctl models", "mycoswarmctl models --json | jq -r '.models[].name'")
@@ -24,7 +26,9 @@ MODELS_EXAMPLES = examples("mycoswarmctl models", "mycoswarmctl models --json | 
 def status(
     ctx: typer.Context,
     watch: bool = typer.Option(False, "--watch", "-w", help="Show it again every second until Ctrl-C."),
-    security: bool = typer.Option(False, "--security", help="Also show what the kernel enforces here."),
+    security: bool = typer.Option(
+        False, "--security", help="Also show what each unit has proved about its confinement."
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Show how the node is.
@@ -36,6 +40,7 @@ def status(
     while True:
         try:
             answer = _whole_status(session)
+            proved = _proved(session) if security else {}
         except Unreachable as exc:
             if not has_answered:  # after an answer it is a restart: whoever watches wants to see it come back
                 raise
@@ -44,13 +49,14 @@ def status(
             continue
         has_answered = watch
         if watch and as_json:
-            session.record(answer)
+            session.record(answer | proved)
         elif as_json:
-            session.document(answer)
+            session.document(answer | proved)
         else:
             if watch and sys.stdout.isatty():
                 print(_CLEAR, end="")
             _status(session, answer, security=security)
+            _security(session, proved.get("security"))
             sys.stdout.flush()
         if not watch:
             return
@@ -158,6 +164,33 @@ def _status(session: Session, answer: Doc, *, security: bool) -> None:
             mark = session.paint("green", "✓") if fact.get("ok") else session.paint("yellow", "✗")
             hint = f" ({line(fact['hint'])})" if fact.get("hint") and not fact.get("ok") else ""
             print(f"  {mark} {line(fact.get('name'))}: {line(fact.get('detail', ''))}{hint}")
+
+
+def _proved(session: Session) -> Doc:
+    """Return as `security` what the node's units have proved; nothing of a node that does not know."""
+    try:
+        return {"security": session.client.get("/v1/security")}
+    except NotFound:
+        return {}
+
+
+def _security(session: Session, answer: object) -> None:
+    if not isinstance(answer, dict):
+        return
+    rows = [
+        (proof.get("unit"), check.get("name"), _HOLDS.get(check.get("ok"), "?"), check.get("detail", ""))
+        for proof in answer.get("proofs") or []
+        for check in proof.get("checks") or []
+    ]
+    rows += [(one.get("unit"), "", "?", one.get("problem")) for one in answer.get("unheard") or []]
+    cages = answer.get("cages") or {}
+    held, absent = cages.get("held") or [], cages.get("absent") or []
+    said = f"{cages.get('level')}, {count(len(held), 'probe')} held" if held else cages.get("problem")
+    said = f"{said}; this machine has no {', '.join(map(str, absent))}" if absent else said
+    rows.append(("task", f"cages by {cages.get('by')}", "yes" if held else "?", said))
+    if not answer.get("appliance"):
+        session.aside("this node is not run by systemd's units, so no unit of it has proved anything")
+    session.table(("UNIT", "WHAT", "HOLDS", "SEEN"), rows, empty="")
 
 
 def _name(answer: Doc) -> str:

@@ -201,22 +201,20 @@ class Security:
         return lines
 
     async def report(self) -> Mapping[str, object]:
-        """Return every proof, those of units that can be asked anew."""
+        """Return every proof, those of units that can be asked anew; a node without units has none."""
         if self._clock.monotonic_s() - self._asked_at_s > _FRESH_S:
             await self._ask()
-        units = _UNITS if self._settings.appliance else _UNITS[:1]
+        units = _UNITS if self._settings.appliance else ()
         return {
             "appliance": self._settings.appliance,
-            "proofs": [self._row(unit) for unit in units],
+            "proofs": [proof_body(self._proofs[unit]) for unit in units if unit in self._proofs],
+            "unheard": [
+                {"unit": unit.value, "problem": self._unheard.get(unit, "has not run yet")}
+                for unit in units
+                if unit not in self._proofs or unit in self._unheard
+            ],
             "cages": self._cage_row(),
         }
-
-    def _row(self, unit: Unit) -> dict[str, object]:
-        proof = self._proofs.get(unit)
-        unheard = self._unheard.get(unit, "")
-        if proof is None:
-            return {"unit": unit.value, "checks": [], "problem": unheard or "has not run yet"}
-        return {**proof_body(proof), "problem": unheard}
 
     def _cage_row(self) -> dict[str, object]:
         proof = self._cages.proof

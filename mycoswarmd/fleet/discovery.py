@@ -108,7 +108,9 @@ class Discovery:
             self.restarts += 1
             if self._clock.monotonic_s() - begun_s > _HEALTHY_S:
                 delay_s = _FIRST_DELAY_S
-            log.warning("discovery is started anew in %g s: %s", delay_s, self.detail)
+            log.warning(
+                "discovery is started anew in %g s: %s", delay_s, self.detail, extra={"event": "unit-gone"}
+            )
             await asyncio.sleep(delay_s)
             delay_s = min(_LONGEST_DELAY_S, delay_s * 2)
 

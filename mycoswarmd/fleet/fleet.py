@@ -212,18 +212,29 @@ class Fleet:
         self._tell()
 
     def _on_seen(self, link: Link, word: Word) -> None:
-        node_id = link.member.id
+        node_id, known = link.member.id, link.alarm
         link.alarm = self._memory.note(
             node_id, boot=word.boot, instance=word.instance, addresses=self._hints.proved(node_id)
         )
+        if link.alarm and not known:
+            self._report_double(link)
 
     def _on_double(self, link: Link, address: PeerAddress) -> None:
         if link.alarm:
             return
         said = f"{CLONED}: two machines have its key, one of them at {address}"
         link.alarm = self._memory.raise_alarm(link.member.id, said)
-        log.error("node %s (%s) is %s", link.member.name, link.member.id, link.alarm)
+        self._report_double(link)
         self._tell()
+
+    def _report_double(self, link: Link) -> None:
+        log.error(
+            "node %s (%s) is %s",
+            link.member.name,
+            link.member.id,
+            link.alarm,
+            extra={"event": "double-identity"},
+        )
 
     def _on_failed(self, link: Link, failure: MycoswarmError) -> None:
         """Knock where a member does not let us in: one of the two has not heard of the other."""

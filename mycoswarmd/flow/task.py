@@ -220,7 +220,12 @@ class Tasks:
     async def run(self) -> None:
         """Recover what a dead daemon left, then claim and carry out tasks until cancelled."""
         for task in await self._store.recover(now_ms=self._clock.now_ms()):
-            log.warning("task %s was cut off and is now %s", task.id, task.state.value)
+            log.warning(
+                "task %s was cut off and is now %s",
+                task.id,
+                task.state.value,
+                extra={"event": "task-cut-off"},
+            )
         async with asyncio.TaskGroup() as group:
             while True:
                 self._work.clear()

@@ -33,7 +33,13 @@ def ctl() -> Any:
 
 def daemon() -> dict[str, set[str]]:
     return {
-        path: {name for action in parser._actions for name in action.option_strings} - COMMON
+        path: {
+            name
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS  # for tests
+            for name in action.option_strings
+        }
+        - COMMON
         for path, parser in daemon_parsers()
     }
 

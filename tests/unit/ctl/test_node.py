@@ -109,6 +109,33 @@ def test_status_shows_what_the_kernel_enforces_when_asked(node: FakeNode) -> Non
     assert "a newer kernel" in ctl(node, "status", "--security").out
 
 
+SECURITY = {
+    "appliance": True,
+    "proofs": [
+        {
+            "unit": "lan",
+            "checks": [
+                {"name": "canary", "ok": False, "detail": "a packet went to 127.0.0.2"},
+                {"name": "memory", "ok": None, "detail": "absent"},
+            ],
+        }
+    ],
+    "unheard": [{"unit": "engine", "problem": "has not run yet"}],
+    "cages": {"by": "systemd", "level": "full", "held": ["a", "b"], "absent": [], "problem": ""},
+}
+
+
+def test_status_shows_what_units_have_proved(node: FakeNode) -> None:
+    node.on("GET", "/api/status", answer(STATUS))
+    node.on("GET", "/v1/security", answer(SECURITY))
+    said = [" ".join(row.split()) for row in ctl(node, "status", "--security").out.splitlines()]
+    assert "lan canary NO a packet went to 127.0.0.2" in said
+    assert "lan memory unknown absent" in said
+    assert "engine ? has not run yet" in said
+    assert "task cages by systemd yes full, 2 probes held" in said
+    assert ctl(node, "status", "--security", "--json").json == STATUS | {"security": SECURITY}
+
+
 def test_status_of_an_empty_answer_is_no_traceback(node: FakeNode) -> None:
     node.on("GET", "/api/status", answer({}))
     assert ctl(node, "status").code == 0

@@ -26,7 +26,11 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uid", [0, 1000])
 @pytest.mark.parametrize("home", HOMES)
-def test_the_default_is_the_daemons(monkeypatch: pytest.MonkeyPatch, uid: int, home: dict[str, str]) -> None:
+def test_the_default_is_the_daemons(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uid: int, home: dict[str, str]
+) -> None:
+    if uid:
+        monkeypatch.setattr("mycoswarmd.ctl.place.SYSTEM_SOCKET", tmp_path / "system.sock")
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     for name, value in home.items():
         monkeypatch.setenv(name, value)
@@ -43,3 +47,16 @@ def test_the_nearest_word_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert find_socket(None, None) == Path("/from/environment")
     assert find_socket(None, tmp_path) == tmp_path / "run" / "api.sock"
     assert find_socket(Path("/named"), tmp_path) == Path("/named")
+
+
+def test_who_runs_no_node_finds_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "user"))
+    own, system = tmp_path / "user" / "mycoswarm" / "api.sock", tmp_path / "system.sock"
+    monkeypatch.setattr("mycoswarmd.ctl.place.SYSTEM_SOCKET", system)
+    assert find_socket(None, None) == own
+    system.touch()
+    assert find_socket(None, None) == system
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert find_socket(None, None) == own

@@ -1,11 +1,26 @@
 """Settings: every key checked, every engine on this machine, nothing guessed."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from mycoswarmd.daemon.settings import Options, check_local_url, load_settings, parse_listen
+from mycoswarmd.daemon.outside import make_cages
+from mycoswarmd.daemon.settings import (
+    OUTPOSTS,
+    OUTPOSTS_DIR,
+    CageKind,
+    Options,
+    check_local_url,
+    load_settings,
+    parse_listen,
+)
 from mycoswarmd.errors import ConfigError
+from mycoswarmd.sandbox.bwrap import BubblewrapCages
+from mycoswarmd.sandbox.systemdcage import SystemdCages
+from mycoswarmd.wire.proof import Unit
+
+UNITS = Path(__file__).resolve().parents[3] / "systemd"
 
 
 def load(tmp_path: Path, text: str = "") -> object:
@@ -97,3 +112,58 @@ def test_a_relative_state_directory_becomes_absolute(tmp_path: Path, monkeypatch
     settings = load_settings(Options(state=Path("here"), policy=Path("mine.toml")))
     assert settings.state_dir == tmp_path / "here"
     assert settings.policy_file == tmp_path / "mine.toml"
+
+
+# --- the appliance ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("mycoswarmd.daemon.settings.CONFIG_DIR", tmp_path)
+
+
+@pytest.mark.usefixtures("no_file")
+def test_the_appliances_places_are_the_units_whoever_it_runs_as(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 987)
+    monkeypatch.setenv("XDG_STATE_HOME", "/srv/elsewhere")
+    settings = load_settings(Options(appliance=True))
+    assert settings.state_dir == Path("/var/lib/mycoswarm")
+    assert settings.socket_path == Path("/run/mycoswarm/api.sock")
+    assert settings.models_dir == Path("/var/lib/mycoswarm-engine/models")
+    assert settings.engine_dir == Path("/var/lib/mycoswarm-engine/engine")
+    assert settings.engine_runtime_dir == Path("/run/mycoswarm-engine")
+    assert settings.policy_file == tmp_path / "policy.toml"
+    assert settings.outpost(Unit.LAN) == Path("/run/mycoswarm-lan.sock")
+    assert settings.listen is None
+    assert settings.cages is CageKind.SYSTEMD
+
+
+def test_the_sockets_of_the_appliance_are_those_of_its_units() -> None:
+    for unit in OUTPOSTS:
+        path = UNITS / OUTPOSTS[unit].replace(".sock", ".socket")
+        assert f"={OUTPOSTS_DIR / OUTPOSTS[unit]}\n" in path.read_text(), path
+
+
+@pytest.mark.usefixtures("no_file")
+def test_programs_are_listened_for_only_when_somebody_says_so(tmp_path: Path) -> None:
+    (tmp_path / "mycoswarm.toml").write_text('listen = "127.0.0.1:7436"\n')
+    assert load_settings(Options(appliance=True)).listen == ("127.0.0.1", 7436)
+
+
+def test_weaker_cages_are_the_operators_own_decision(tmp_path: Path) -> None:
+    (tmp_path / "mycoswarm.toml").write_text('cages = "bubblewrap"\n')
+    assert load_settings(Options(state=tmp_path, appliance=True)).cages is CageKind.BUBBLEWRAP
+    assert isinstance(make_cages(load_settings(Options(state=tmp_path, appliance=True))), BubblewrapCages)
+    (tmp_path / "mycoswarm.toml").unlink()
+    assert isinstance(make_cages(load_settings(Options(state=tmp_path, appliance=True))), SystemdCages)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('cages = "docker"', "must be one of systemd, bubblewrap"), ('cages = "systemd"', "where systemd runs")],
+)
+def test_cages_that_cannot_be_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path, text)
