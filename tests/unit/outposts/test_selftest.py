@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mycoswarmd.wire.proof import EXPECTED, CheckName, Proof, Unit, parse_proof
-from tests.dialers import control_group, let_nothing_out
+from tests.dialers import control_group, ip, let_nothing_out, network
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes rights away from a process that has them")
 CODE = """
@@ -191,6 +191,15 @@ def test_the_canary_dies_where_the_kernel_filters(tmp_path: Path) -> None:
         checks = {one.name: one for one in proof_of(Unit.LAN, before=enter).checks}
         assert (checks[CheckName.CANARY].ok, checks[CheckName.CANARY].detail) == (True, "127.0.0.2: EPERM")
     assert not proof_of(Unit.LAN).holds(CheckName.CANARY)
+
+
+@needs_root
+def test_a_route_that_refuses_is_no_filter() -> None:
+    with network("canary") as there:
+        ip("-n", there, "route", "add", "prohibit", "127.0.0.2/32", "table", "local")
+        proof = proof_of(Unit.LAN, prefix=("ip", "netns", "exec", there))
+    (canary,) = [one for one in proof.checks if one.name is CheckName.CANARY]
+    assert (canary.ok, canary.detail) == (False, "127.0.0.2: EACCES")
 
 
 def test_the_line_is_short_enough_for_whoever_reads_it() -> None:
