@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import re
+import select
 import socket
 import struct
 from contextlib import suppress
@@ -34,12 +35,15 @@ log = logging.getLogger(__name__)
 SOCKET = Path("/run/mycoswarm-task.sock")
 # Where cgroup2 is: alone, or beside the older ones.
 GROUP_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
-UNIT_GROUP = re.compile(r"(?:/[A-Za-z0-9_.@\\-]+)*/mycoswarm-task@[0-9-]{1,60}\.service")
+# The unit of /run/NAME.sock is NAME@.service, and each connection has an instance of its own.
+UNIT_GROUP = r"(?:/[A-Za-z0-9_.@\\-]+)*/{}@[0-9-]{{1,60}}\.service"
 CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 # PID 1 accepts at once, unless it is busy with a boot.
 CONNECT_S = 10.0
 # PID 1 needs milliseconds to kill what is left of a unit; a Pi that swaps gets this long.
 END_S = 10.0
+# A cage that waits is as good as a new one, but it began to use up the unit's RuntimeMaxSec.
+SPARE_S = 3600.0
 LOOK_AGAIN_S = 0.01
 HINT = "systemctl status mycoswarm-task.socket; journalctl -u 'mycoswarm-task@*'"
 
@@ -54,7 +58,10 @@ class Peer:
 
 
 class SystemdCages:
-    """Has systemd build cages, each for one connection."""
+    """Has systemd build cages, each for one connection.
+
+    PID 1 needs 0.1 s and more for one, so the next is always being built while somebody has the last.
+    """
 
     def __init__(
         self,
@@ -62,11 +69,15 @@ class SystemdCages:
         *,
         listener: Peer = Peer(1, 0, 0),
         group_roots: tuple[Path, ...] = GROUP_ROOTS,
+        keep_spare: bool = True,
     ) -> None:
         self._socket_path = socket_path
         self._listener = listener
         self._group_roots = group_roots
+        self._keep_spare = keep_spare
         self._host: Host | None = None
+        self._spare: socket.socket | None = None
+        self._spare_until_s = 0.0
 
     @property
     def level(self) -> str:
@@ -83,12 +94,38 @@ class SystemdCages:
         check_programs(spec.programs)
         program = build_filter(host.machine, may_execute=bool(spec.programs), may_stop=False)
         confine = Frame(FrameType.CONFINE, confinement(spec, host), program)
-        near = await self._connect()
+        near = self._take_spare() or await self._connect()
         session = await SystemdSession.start(
-            near, confine, wall_s=spec.limits.wall_s, group_roots=self._group_roots
+            near,
+            confine,
+            wall_s=spec.limits.wall_s,
+            unit=self._socket_path.stem,
+            group_roots=self._group_roots,
         )
         await session.prove(confine, is_sent=True)
+        if self._keep_spare and self._spare is None:
+            with suppress(CageError):  # whoever opens the next one is told
+                self._spare = await self._connect()
+                self._spare_until_s = asyncio.get_running_loop().time() + SPARE_S
         return session
+
+    def close(self) -> None:
+        """Let go of the cage that waits for a task, if there is one."""
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
+
+    def _take_spare(self) -> socket.socket | None:
+        """Return a connection whose unit waits already for its first frame: each is taken once."""
+        near, self._spare = self._spare, None
+        if near is None:
+            return None
+        # One that says anything before it was asked has ended, or is not what it should be.
+        is_silent = not select.select([near], [], [], 0)[0]
+        if is_silent and asyncio.get_running_loop().time() < self._spare_until_s:
+            return near
+        near.close()
+        return None
 
     def _read_host(self) -> Host:
         self._host = self._host or read_host()
@@ -134,10 +171,12 @@ class SystemdSession(Session):
         *,
         wall_s: float,
         peer: Peer,
+        unit: str,
         group_roots: tuple[Path, ...],
     ) -> None:
         super().__init__(streams, wall_s=wall_s)
         self._peer = peer
+        self._unit = unit
         self._group_roots = group_roots
         self._group: Path | None = None
         self._pidfd: int | None = None
@@ -146,7 +185,7 @@ class SystemdSession(Session):
 
     @classmethod
     async def start(
-        cls, near: socket.socket, confine: Frame, *, wall_s: float, group_roots: tuple[Path, ...]
+        cls, near: socket.socket, confine: Frame, *, wall_s: float, unit: str, group_roots: tuple[Path, ...]
     ) -> "SystemdSession":
         """Send CONFINE and learn who answers; what `near` leads to ends with it where that fails."""
         try:
@@ -162,7 +201,7 @@ class SystemdSession(Session):
         except BaseException:
             near.close()
             raise
-        return cls(streams, wall_s=wall_s, peer=peer, group_roots=group_roots)
+        return cls(streams, wall_s=wall_s, peer=peer, unit=unit, group_roots=group_roots)
 
     @property
     def pid(self) -> int:
@@ -177,7 +216,7 @@ class SystemdSession(Session):
         held: list[str] = []
         lacking = ["own-group", *GROUP_BOUNDS]
         if root is not None:
-            self._group = own_group(root, answer.body.get("group"), self._peer.pid)
+            self._group = own_group(root, answer.body.get("group"), unit=self._unit, pid=self._peer.pid)
             held = [
                 "own-group",
                 *(name for name, file in GROUP_BOUNDS.items() if is_bounded(self._group / file)),
@@ -240,10 +279,11 @@ def controllers(roots: tuple[Path, ...]) -> list[str]:
     return _read(root / "cgroup.controllers").split() if root else []
 
 
-def own_group(root: Path, untrusted_name: object, pid: int) -> Path:
-    """Return the control group that a cage names, if it is one of our unit's and this process is in it."""
-    if not isinstance(untrusted_name, str) or not UNIT_GROUP.fullmatch(untrusted_name):
-        raise _unproved("it does not run as mycoswarm-task@.service")
+def own_group(root: Path, untrusted_name: object, *, unit: str, pid: int) -> Path:
+    """Return the control group that a cage names, if it is one of the unit's and this process is in it."""
+    pattern = UNIT_GROUP.format(re.escape(unit))
+    if not isinstance(untrusted_name, str) or not re.fullmatch(pattern, untrusted_name):
+        raise _unproved(f"it does not run as {unit}@.service")
     group = root / untrusted_name.lstrip("/")
     if str(pid) not in _read(group / "cgroup.procs").split():
         raise _unproved("the process that answers is not in the unit it names")

@@ -50,10 +50,11 @@ UNIT_DEVICES = (
     "core", "fd", "stdin", "stdout", "stderr", "log", "char", "block",
 )  # fmt: skip
 UNIT_HIDDEN = (
-    "/etc/shadow", "/etc/passwd", "/etc/mycoswarm", "/root", "/home", "/var/lib", "/var/log", "/var/tmp", "/boot", "/srv", "/mnt",
-    "/media", "/opt", "/sys", "/sys/fs/cgroup", "/run/user", "/run/mycoswarm", "/dev/fuse", "/dev/kmsg",
-    "/dev/kvm", "/dev/mem", "/dev/console", "/dev/net/tun", "/dev/pts", "/dev/shm", "/dev/mqueue",  # noqa: S108
-    "/dev/hugepages", "/proc/1/environ", "/proc/1/cmdline", "/proc/cmdline", "/proc/kcore", "/proc/sys",
+    "/etc/shadow", "/etc/passwd", "/etc/mycoswarm", "/root", "/home", "/var/lib", "/var/log",
+    "/var/tmp", "/boot", "/srv", "/mnt", "/media", "/opt", "/sys", "/sys/fs/cgroup",  # noqa: S108
+    "/run/user", "/run/mycoswarm", "/dev/fuse", "/dev/kmsg", "/dev/kvm", "/dev/mem",
+    "/dev/console", "/dev/net/tun", "/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/hugepages",  # noqa: S108
+    "/proc/1/environ", "/proc/1/cmdline", "/proc/cmdline", "/proc/kcore", "/proc/sys",
     "/proc/keys",
 )  # fmt: skip
 UNIT_UNREACHABLE = (

@@ -15,8 +15,9 @@ def main() -> None:
     channel = Channel.take()
     frame = channel.receive()
     try:
+        before = prove.survey(frame.body)
         confine.apply(frame.body, frame.payload)
-        channel.send(Frame(FrameType.PROOF, prove.run(frame.body)))
+        channel.send(Frame(FrameType.PROOF, prove.run(frame.body, before)))
     except MycoswarmError as exc:
         channel.send(Frame(FrameType.PROOF, {"error": exc.message}))
         return
