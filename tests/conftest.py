@@ -56,3 +56,19 @@ def embedded_engine() -> Path:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return state
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the tests of the appliance could not show on this machine."""
+    reports = [report for row in terminalreporter.stats.values() for report in row]
+    found = [
+        str(text)
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, text in report.user_properties
+        if name == "unproved"
+    ]
+    if found:
+        terminalreporter.section("not shown by the appliance tests on this machine")
+        for text in found:
+            terminalreporter.line(f"- {text}")

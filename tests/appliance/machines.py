@@ -122,7 +122,9 @@ class Machine:
     def plug_in(self) -> None:
         """Start to boot; `wait_booted` waits."""
         assert not _is_populated(self._group), "is on already"
-        self._boots += 1  # a cgroup that was killed once kills again (cgroup.kill counts): each boot has its own
+        self._boots += (
+            1  # a cgroup that was killed once kills again (cgroup.kill counts): each boot has its own
+        )
         groups = [root / self._lab.prefix / self._slot for root in self._lab.cgroup_roots]
         for group in groups:
             group.mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,9 @@ class Machine:
         """Run a command in the machine, as root or as this user."""
         whole = [*self._enter(), *(("runuser", "-u", user, "--") if user else ()), *argv]
         data = stdin.encode() if isinstance(stdin, str) else stdin or b""
-        with _process(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with _process(
+            whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             out, err = process.communicate(data, timeout=timeout_s)
         ran = Ran(argv, process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
         if check and ran.code != 0:
@@ -232,7 +236,9 @@ class Machine:
         """Run a shell script in the machine."""
         return self.run("sh", "-euc", script, check=check, timeout_s=timeout_s, user=user)
 
-    def python(self, source: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None) -> Ran:
+    def python(
+        self, source: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None
+    ) -> Ran:
         """Run Python source with the machine's own interpreter."""
         return self.run("python3", "-", stdin=source, check=check, timeout_s=timeout_s, user=user)
 
@@ -240,7 +246,10 @@ class Machine:
     def start(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run a command beside the test; it is killed when the context ends."""
         with _process(
-            [*self._enter(), *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*self._enter(), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         ) as process:
             yield process
 
@@ -265,7 +274,16 @@ class Machine:
 
     def push(self, source: Path, into: str) -> None:
         """Copy a file or a directory into a directory of the machine, owned by root there."""
-        pack = ["tar", "-C", str(source.parent), "--owner=0", "--group=0", "--exclude=__pycache__", "-c", source.name]
+        pack = [
+            "tar",
+            "-C",
+            str(source.parent),
+            "--owner=0",
+            "--group=0",
+            "--exclude=__pycache__",
+            "-c",
+            source.name,
+        ]
         packed = subprocess.run(pack, check=True, capture_output=True).stdout
         self.run("sh", "-euc", 'mkdir -p "$1"; tar -C "$1" -x', "sh", into, stdin=packed)
 

@@ -19,25 +19,24 @@ ENGINE_TABLE = f'\n[engines.fake]\nkind = "openai"\nurl = "http://127.0.0.1:{ENG
 FINAL = frozenset({"succeeded", "failed", "cancelled", "expired", "parked"})
 
 
-def build_deb(target: Path, *, version: str | None = None) -> Path:
-    """Build the package from the working tree; with a version, as that one."""
+def build_deb(target: Path) -> Path:
+    """Build the package from the working tree."""
     ran = subprocess.run(
         [str(ROOT / "packaging/build-deb"), str(target)], capture_output=True, text=True, timeout=120
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    deb = next(target.glob("mycoswarmd_*.deb"))
-    return deb if version is None else _with_version(deb, target, version)
+    return next(target.glob("mycoswarmd_*.deb"))
 
 
-def _with_version(deb: Path, target: Path, version: str) -> Path:
-    """Return the same package under another version, as an upgrade sees the build before."""
-    tree = target / version
-    subprocess.run(["dpkg-deb", "-R", str(deb), str(tree)], check=True)
-    control = tree / "DEBIAN/control"
-    control.write_text(re.sub(r"(?m)^Version: .*$", f"Version: {version}", control.read_text()))
-    other = target / f"mycoswarmd_{version}_all.deb"
-    command = ["dpkg-deb", "--root-owner-group", "-b", str(tree), str(other)]
-    subprocess.run(command, check=True, capture_output=True)
+def repack(deb: Path, *, version: str) -> Path:
+    """Return the same package under another version: apt upgrades to it."""
+    tree, other = deb.parent / f"tree-{version}", deb.parent / f"mycoswarmd_{version}_all.deb"
+    if not other.exists():
+        subprocess.run(["dpkg-deb", "-R", str(deb), str(tree)], check=True)
+        control = tree / "DEBIAN/control"
+        control.write_text(re.sub(r"(?m)^Version: .*$", f"Version: {version}", control.read_text()))
+        command = ["dpkg-deb", "--root-owner-group", "-b", str(tree), str(other)]
+        subprocess.run(command, check=True, capture_output=True)
     return other
 
 
@@ -51,7 +50,7 @@ def installed_layer(lab: Lab, image: Path, deb: Path, *, suite: str) -> Path:
         mount -t proc proc {home}/root/proc
         mount -t tmpfs tmpfs {home}/root/run
         cp {deb} {home}/root/run/package.deb
-        chroot {home}/root apt-get install -y /run/package.deb
+        chroot {home}/root apt-get -o Dpkg::Use-Pty=0 install -y /run/package.deb
     """
     environment = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -59,7 +58,11 @@ def installed_layer(lab: Lab, image: Path, deb: Path, *, suite: str) -> Path:
         "LC_ALL": "C.UTF-8",
     }
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-euc", script], capture_output=True, text=True, env=environment, timeout=120
+        ["unshare", "--mount", "sh", "-euc", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return home / "disk"
@@ -77,7 +80,9 @@ def install(machine: Machine, deb: Path) -> Ran:
     return apt(machine, "install", f"/root/{deb.name}")
 
 
-def ctl(machine: Machine, *argv: str, check: bool = True, user: str | None = None, timeout_s: float = 60) -> Ran:
+def ctl(
+    machine: Machine, *argv: str, check: bool = True, user: str | None = None, timeout_s: float = 60
+) -> Ran:
     """Run mycoswarmctl on the machine."""
     return machine.run("mycoswarmctl", *argv, check=check, user=user, timeout_s=timeout_s)
 
@@ -153,7 +158,7 @@ def submit(machine: Machine, prompt: str, *argv: str) -> str:
 
 def wait_task(machine: Machine, task_id: str, *, within_s: float = 60) -> dict[str, Any]:
     """Wait until a task has ended and return it."""
-    condition = f"mycoswarmctl task {task_id} --json | grep -Eq '\"state\": ?\"({'|'.join(sorted(FINAL))})\"'"
+    condition = f'mycoswarmctl task {task_id} --json | grep -Eq \'"state": ?"({"|".join(sorted(FINAL))})"\''
     machine.wait_until(condition, within_s=within_s)
     task = ctl_json(machine, "task", task_id)["task"]
     assert isinstance(task, dict)

@@ -66,7 +66,13 @@ def _try_under(machine: Machine, unit: str, *, without_network_directives: bool 
     assert any(line.startswith("IPAddressDeny=") for line in kept) is not without_network_directives, kept
     machine.write("/usr/lib/egress.py", _TRY)
     text = "\n".join(
-        ["[Service]", *kept, "Type=oneshot", "ExecStart=/usr/bin/python3 -I /usr/lib/egress.py", "StandardOutput=journal"]
+        [
+            "[Service]",
+            *kept,
+            "Type=oneshot",
+            "ExecStart=/usr/bin/python3 -I /usr/lib/egress.py",
+            "StandardOutput=journal",
+        ]
     )
     name = "egress-" + unit.replace("@", "")
     machine.write(f"/run/systemd/system/{name}", text + "\n")

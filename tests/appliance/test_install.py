@@ -28,7 +28,9 @@ def test_it_listens_on_unix_sockets_only(fresh: Fresh, suite: str) -> None:
     assert "/run/mycoswarm/api.sock" in ours
     mode = machine.run("stat", "-c", "%a %U", *sorted(ours - {"/run/mycoswarm/api.sock"})).out
     assert set(mode.splitlines()) == {"600 _mycoswarm"}, (ours, mode)
-    with machine.start("python3", "-c", "import socket,time; s=socket.create_server(('', 7437)); time.sleep(60)"):
+    with machine.start(
+        "python3", "-c", "import socket,time; s=socket.create_server(('', 7437)); time.sleep(60)"
+    ):
         machine.wait_until("grep -q 00000000:1D0D /proc/net/tcp", within_s=5)
         assert machine.listening() == {7437}  # the same question can be answered otherwise
 
@@ -51,9 +53,16 @@ def test_each_part_runs_as_a_user_of_its_own_without_capabilities(fresh: Fresh, 
     users = {}
     for row in rows:
         user, pid, args = row.split(None, 2)
-        if "mycoswarm" in args and "python3" in args and "zipimport" not in args:  # a warm cage has its own tests
+        if (
+            "mycoswarm" in args and "python3" in args and "zipimport" not in args
+        ):  # a warm cage has its own tests
             users[args] = user
             status = machine.run("cat", f"/proc/{pid}/status").out
-            for line in ("CapBnd:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
+            for line in (
+                "CapBnd:\t0000000000000000",
+                "CapEff:\t0000000000000000",
+                "NoNewPrivs:\t1",
+                "Seccomp:\t2",
+            ):
                 assert line in status, (args, status)
     assert sorted(users.values()) == ["_mycoswarm", "_mycoswarm-lan"], rows

@@ -30,7 +30,15 @@ def test_address_filters_are_real_on_a_machine_and_the_switch_sees_what_leaves(a
     assert len(free.to(OUTSIDE)) == 1, free
     with machine.captured() as filtered:
         ran = machine.run(
-            "systemd-run", "--quiet", "--wait", "--pipe", "-pIPAddressDeny=any", "python3", "-c", send, check=False
+            "systemd-run",
+            "--quiet",
+            "--wait",
+            "--pipe",
+            "-pIPAddressDeny=any",
+            "python3",
+            "-c",
+            send,
+            check=False,
         )
     assert "PermissionError" in ran.err, ran
     assert filtered.to(OUTSIDE) == []

@@ -1,0 +1,117 @@
+"""Nothing acknowledged is lost: the core killed again and again, the plug of the machine pulled in the middle.
+
+Not shown here: what a disk does that loses power. Killing every process at once leaves what the kernel holds.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.appliance.conftest import Images
+from tests.appliance.machines import Lab, Machine
+from tests.appliance.nodes import ctl, ctl_json, start_engine, wait_ready
+
+pytestmark = pytest.mark.timeout(300)
+KILLED_FOR_S = 30
+# Posts tasks one after the other for as long as it lives; says the id of each that was acknowledged.
+_POSTER = """
+import http.client, json, socket, sys, time
+class Connection(http.client.HTTPConnection):
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(10)
+        self.sock.connect("/run/mycoswarm/api.sock")
+number = 0
+while True:
+    number += 1
+    body = json.dumps({"prompt": f"number {number}", "agent": "scribe", "model": "agent"})
+    try:
+        connection = Connection("mycoswarm")
+        connection.request("POST", "/api/tasks", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        data = answer.read()
+        if answer.status in (200, 202):
+            print(json.loads(data)["task"]["id"], flush=True)
+        else:
+            print("refused", data, file=sys.stderr, flush=True)
+    except (OSError, http.client.HTTPException, ValueError):
+        pass
+    finally:
+        connection.close()
+    time.sleep(0.2)
+"""
+_FINAL = ("succeeded", "failed", "cancelled", "expired", "parked")
+
+
+@pytest.fixture(scope="module")
+def node(appliance_lab: Lab, images: Images) -> Iterator[Machine]:
+    """A node of its own with an engine; its plug is pulled at the end."""
+    machine = appliance_lab.machine("victim", *images.node_trixie)
+    machine.wait_booted()
+    start_engine(machine)
+    machine.run("systemctl", "restart", "mycoswarmd")
+    wait_ready(machine)
+    machine.write("/opt/poster.py", _POSTER)
+    yield machine
+    machine.pull_plug()
+
+
+def _check_all_ended_once(machine: Machine, acknowledged: list[str]) -> dict[str, str]:
+    """Wait for every acknowledged task to end; return the states. Each ended exactly once."""
+    states: dict[str, str] = {}
+    give_up_s = time.monotonic() + 90
+    while True:
+        rows = ctl_json(machine, "tasks", "--limit", "1000")["tasks"]
+        states = {str(row["id"]): str(row["state"]) for row in rows}
+        lost = [task for task in acknowledged if task not in states]
+        assert lost == [], lost
+        if all(states[task] in _FINAL for task in acknowledged):
+            break
+        assert time.monotonic() < give_up_s, {t: s for t, s in states.items() if s not in _FINAL}
+        time.sleep(0.5)
+    for task in acknowledged:
+        events = [json.loads(line) for line in ctl(machine, "logs", task, "--json").out.splitlines()]
+        ends = [event for event in events if event["kind"] == "state" and event["data"]["to"] in _FINAL]
+        assert len(ends) == 1, (task, events)
+        assert states[task] == "succeeded", (task, events)
+    ctl(machine, "audit", "verify")
+    return states
+
+
+def _acknowledged(out: bytes) -> list[str]:
+    lines = out.decode().splitlines()
+    assert not any(line.startswith("refused") for line in lines), lines[-3:]
+    return [line for line in lines if line.startswith("t-")]
+
+
+def test_the_core_killed_every_second_loses_no_task(node: Machine) -> None:
+    kills = 0
+    with node.start("python3", "/opt/poster.py") as poster:
+        until_s = time.monotonic() + KILLED_FOR_S
+        while time.monotonic() < until_s:
+            time.sleep(1)
+            ran = node.run("systemctl", "kill", "--signal=KILL", "mycoswarmd.service", check=False)
+            kills += ran.code == 0
+        node.run("pkill", "-f", "/opt/poster.py")
+        out, _ = poster.communicate(timeout=20)
+    acknowledged = _acknowledged(out)
+    wait_ready(node)
+    restarts = int(node.run("systemctl", "show", "-P", "NRestarts", "mycoswarmd").out)
+    assert kills >= 10 and restarts >= 10 and len(acknowledged) >= 5, (kills, restarts, len(acknowledged))
+    _check_all_ended_once(node, acknowledged)
+
+
+def test_a_pulled_plug_loses_no_task(node: Machine) -> None:
+    with node.start("python3", "/opt/poster.py") as poster:
+        time.sleep(4)
+        node.pull_plug()
+        out, _ = poster.communicate(timeout=20)
+    acknowledged = _acknowledged(out)
+    assert len(acknowledged) >= 3, acknowledged
+    node.plug_in()
+    node.wait_booted()
+    start_engine(node)
+    wait_ready(node)
+    _check_all_ended_once(node, acknowledged)
