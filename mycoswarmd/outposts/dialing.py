@@ -31,6 +31,7 @@ from mycoswarmd.wire.dial import (
     Failed,
     Listen,
     Prove,
+    clean_host,
     encode_request,
     parse_answer,
 )
@@ -60,6 +61,7 @@ class LanDialer:
 
     async def connect(self, host: str, port: int, within_s: float) -> socket.socket:
         """Return a connected, non-blocking socket; fits flow.ports.Dial."""
+        host = clean_host(host) or host
         async with asyncio.timeout(within_s):
             if host == LOOPBACK:
                 return await self._connect(host, port, within_s)
@@ -68,6 +70,7 @@ class LanDialer:
 
     async def listen(self, host: str, port: int) -> socket.socket:
         """Return a bound, listening, non-blocking socket; "::" takes IPv4 too."""
+        host = clean_host(host) or host
         async with asyncio.timeout(_LISTEN_S):
             _, sock = await self._ask(Listen(host, port))
         if sock is None:

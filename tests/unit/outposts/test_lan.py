@@ -199,7 +199,7 @@ async def test_a_home_network_is_reached_by_both_versions(program: Sequence[str]
         with listener, lan_dialer(tmp_path, namespace=here, program=program) as dialer:
             proof = await LanDialer(dialer.path).prove()
             assert proof.holds(CheckName.ADDRESS_FAMILIES) == (program is CONFINED)
-            for host in ("10.77.0.2", "fd77::2", "fe80::2%lan0"):
+            for host in ("10.77.0.2", "fd77::2", "FD77:0::0:2", "fe80::2%lan0"):
                 with await LanDialer(dialer.path).connect(host, 7437, 5) as sock:
                     sock.send(b"x")
                     assert _accepted(listener)
