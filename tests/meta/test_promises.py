@@ -15,6 +15,31 @@ def test_every_cited_test_exists() -> None:
         assert f"def {name}(" in (ROOT / file).read_text(), (file, name)
 
 
+def claims(text: str) -> list[str]:
+    """Return the claims of SECURITY.md: the entries of its lists."""
+    section = text[text.index("## What is claimed") : text.index("## What is not claimed")]
+    return re.findall(r"^- .*(?:\n  .*)*", section, flags=re.MULTILINE)
+
+
+def test_every_claim_about_security_cites_tests_and_they_exist_and_run() -> None:
+    found = claims((ROOT / "SECURITY.md").read_text())
+    assert len(found) > 15
+    for claim in found:
+        cited = CITED.findall(claim)
+        assert cited, claim
+        assert claim.count("`tests/") == len(cited), claim
+        for file, name in cited:
+            source = (ROOT / file).read_text()
+            match = re.search(rf"((?:^@.*\n(?:^[ )].*\n)*)*)^(?:async )?def {name}\(", source, re.MULTILINE)
+            assert match, (file, name)
+            assert "xfail" not in match[1] and "mark.skip(" not in match[1], (file, name)
+
+
+def test_a_claim_without_a_test_would_be_noticed() -> None:
+    text = "## What is claimed\n\n- One.\n  `tests/a.py::test_b`\n- Two,\n  none.\n\n## What is not claimed\n"
+    assert [bool(CITED.findall(claim)) for claim in claims(text)] == [True, False]
+
+
 def test_every_promise_is_in_the_threat_model() -> None:
     text = (ROOT / "docs" / "threat-model.md").read_text()
     for number in range(1, 11):
@@ -22,7 +47,12 @@ def test_every_promise_is_in_the_threat_model() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "policy").rglob("*.md")]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "policy").rglob("*.md"),
+    ]:
         for target, anchor in re.findall(r"\]\((?!https?:|#)([^)#]+)#?([^)]*)\)", page.read_text()):
             assert (page.parent / target).exists(), (page, target)
             if anchor:
