@@ -8,7 +8,7 @@ Laws:
 3. An IPv4 address in IPv6 clothes is refused, not undressed: no rule then has to be written twice.
 4. A yes to `connect` and `listen` comes with exactly one descriptor; anything else comes with none.
 
-Source: docs/wire.md; unix(7) for SCM_RIGHTS; RFC 1918, RFC 4193, RFC 4291.
+Source: unix(7) for SCM_RIGHTS; systemd/README.md for the filter; RFC 1918, RFC 4193, RFC 4291.
 """
 
 import ipaddress

@@ -3,7 +3,7 @@
 Law: a proof is what the kernel answered to the unit itself, never what a unit file says. True is proved,
 False is disproved, None could not be found out; None is no proof. Whoever says it is believed only about
 itself: each part is bounded, and a check that is missing has not held.
-Source: docs/security.md; the self-test is outposts/selftest.py.
+Source: systemd/README.md for what confines each unit; the self-test is outposts/selftest.py.
 """
 
 import json

@@ -325,6 +325,40 @@ async def test_nobody_can_take_all_its_places(dialer: Dialer) -> None:
     await lan.prove()
 
 
+POOR = (
+    "-I",
+    "-c",
+    (
+        "import resource, sys; from mycoswarmd.outposts import lan; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16)); sys.exit(lan.main(sys.argv[1:]))"
+    ),
+)
+
+
+async def test_it_outlives_a_want_of_descriptors(tmp_path: Path) -> None:
+    with lan_dialer(tmp_path, program=POOR) as dialer, ExitStack() as stack:
+        lan = LanDialer(dialer.path)
+        await lan.prove()
+        for _ in range(30):
+            line = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            line.connect(str(dialer.path))
+        dialer.settle(lambda: dialer.open_files() == 16)
+        stack.close()
+        await lan.prove()
+        assert dialer.process is not None
+        assert dialer.process.poll() is None
+        # With room for a request and not for its socket, it says so.
+        with deaf() as port:
+            free = 16 - dialer.idle_files()
+            assert free % 2 == 1
+            for _ in range(free // 2):
+                line = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                line.connect(str(dialer.path))
+                line.send(connect("127.0.0.1", port, 9000))
+            dialer.settle(lambda: dialer.open_files() == 15)
+            assert said(dialer.path, connect("127.0.0.1", port, 9000))["code"] == "busy"
+
+
 async def test_who_says_nothing_is_put_out(dialer: Dialer) -> None:
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
