@@ -33,6 +33,9 @@ man:  ## build the manual pages into build/man
 deb:  ## build the Debian package into build/deb
 	@packaging/build-deb build/deb
 
+# What builds the package and looks at it.
+TEST_PACKAGES += dpkg-dev debhelper dh-python lintian
+
 $(RUNTIME_STAMP): pyproject.toml packaging/install-packages
 	@packaging/install-packages $(RUN_PACKAGES)
 	@echo "installing the node into $(VENV) ..."
