@@ -1,6 +1,6 @@
 """Serves one model to the node: the program of the engine's unit, `python3 -I -m mycoswarmd.outposts.engine`.
 
-PID 1 builds its confinement (systemd/README.engine.md) and hands it the node's connection as descriptor 0.
+PID 1 builds its confinement (systemd/README.md) and hands it the node's connection as descriptor 0.
 It says what it proved about itself, takes one order, starts llama.cpp on a unix socket, and says when that
 ends. When the connection ends, for whatever reason, nothing is left.
 
@@ -107,8 +107,6 @@ class Connection:
             line += piece
             if len(line) >= ORDER_BYTES and not line.endswith(b"\n"):
                 raise ConfigError("engine-order", f"cannot take an order of more than {ORDER_BYTES} bytes")
-        if line.count(b"\n") > 1:
-            raise ConfigError("engine-order", "cannot take more than one order")
         return parse_order(line)
 
 
@@ -193,6 +191,7 @@ class Log:
 
 def serve(node: Connection, job: Job) -> None:
     """Hold the engine's process until it or the connection ends; nothing of it is left then."""
+    _tidy(job.socket.parent)
     job.socket.unlink(missing_ok=True)  # of a unit with this number that was killed
     reader, writer = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(reader, False)
@@ -211,6 +210,25 @@ def serve(node: Connection, job: Job) -> None:
     finally:
         os.close(reader)
         job.socket.unlink(missing_ok=True)
+
+
+def _tidy(sockets: Path) -> None:
+    """Remove what units left that were killed; theirs is the number in the name."""
+    for path in sockets.glob("e*.sock"):
+        number = path.stem[1:]
+        if number.isdecimal() and not _exists(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def _exists(pid: int) -> bool:
+    # Not by /proc: units in user namespaces of their own do not see one another there.
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _start(job: Job, output: int) -> subprocess.Popen[bytes]:

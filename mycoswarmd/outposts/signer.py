@@ -1,6 +1,6 @@
 """Holds this node's signing key and signs for it: what the signer's unit does with a connection.
 
-PID 1 builds the confinement (systemd/README.signer.md) and hands the node's connection over as descriptor 0;
+PID 1 builds the confinement (systemd/README.md) and hands the node's connection over as descriptor 0;
 daemon/signerunit.py is the program. The node may ask for signatures as long as it lives; it never gets the
 key, so that who breaks into the node has nothing to take away, and no signature is made once it is out.
 

@@ -4,7 +4,7 @@ Law: nothing is started here. Whoever connects to the socket of mycoswarm-engine
 own, which proves its confinement, looks up what it is asked for by itself and ends with the connection. What
 it says is bounded and checked (wire/engineunit.py).
 
-Source: systemd.socket(5) for Accept=yes; systemd/README.engine.md.
+Source: systemd.socket(5) for Accept=yes; systemd/README.md.
 """
 
 import asyncio

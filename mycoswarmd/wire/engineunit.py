@@ -8,7 +8,7 @@ Laws:
 3. The unit's lines are believed no more than an engine is: each is bounded, each field is checked.
 
 The command line of the engine's own process is made here as well, so that a child and a unit are the same.
-Source: docs/wire.md; mycoswarmd/engines/llama_child.py for the command line.
+Source: systemd/README.md; mycoswarmd/engines/llama_child.py for the command line.
 """
 
 import json

@@ -7,7 +7,7 @@ Laws:
 2. Who signs looks at what it signs: the message travels whole, never as a hash.
 3. Each line is bounded, and whatever is not expected in it is refused.
 
-Source: docs/wire.md.
+Source: systemd/README.md.
 """
 
 import base64

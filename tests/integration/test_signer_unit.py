@@ -38,6 +38,8 @@ from mycoswarmd.wire.signing import (
     parse_answer,
     parse_request,
 )
+from tests.rosters import key
+from tests.unit.flow.test_swarm import machine
 
 pytestmark = pytest.mark.integration
 PROGRAM = [sys.executable, "-I", "-m", "mycoswarmd.daemon.signerunit"]
@@ -90,6 +92,7 @@ class UnitManager:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join()
+        self.path.unlink(missing_ok=True)  # as RemoveOnStop= has it
         for program in self.programs:
             program.kill()
             program.wait()
@@ -375,6 +378,20 @@ def test_a_signature_that_is_none_is_not_passed_on() -> None:
                     node.sign(STATEMENT)
 
 
+def test_a_signer_that_ends_as_it_is_asked_is_asked_again() -> None:
+    """It was idle for too long at that very moment: the request was taken, and there is no answer."""
+    seed = make_seed()
+    public = encode_answer(Answer(public=public_key(seed))).decode().strip()
+    signature = encode_answer(Answer(signature=sign(seed, STATEMENT))).decode().strip()
+    script = SAYS + 'if [ -e "$2" ]; then echo "$1"; sleep 60; fi; touch "$2"; echo "$0"; read line'
+    with place() as top:
+        argv = ["/bin/sh", "-c", script, public, signature, str(top / "second")]
+        with unit(top, argv) as (node, manager):
+            node.create()
+            assert verify(public_key(seed), node.sign(STATEMENT), STATEMENT)
+            assert len(manager.programs) == 2
+
+
 def test_the_lines_arrive_as_they_were() -> None:
     for request in (Request(Do.PUBLIC), Request(Do.SIGN, bytes(range(256)))):
         assert parse_request(encode_request(request)) == request
@@ -391,6 +408,44 @@ def test_a_refusal_is_said_as_a_bug_of_the_node() -> None:
         with pytest.raises(LocalProtocolError) as caught:
             node.sign(TLS)
         assert caught.value.code == "not-signable"
+
+
+async def test_a_swarm_lives_with_a_signer_that_comes_and_goes(tmp_path: Path) -> None:
+    with place() as top:
+        argv = [*PROGRAM, "--state", str(top / "state")]
+        manager = UnitManager(top, argv)
+        node = UnitSigner(manager.path, clock=SystemClock(), retry_s=0)
+        try:
+            async with machine(tmp_path / "alpha") as one:
+                one.swarm._signer = node
+                await one.begin()
+                public = node.public_key()
+                assert public is not None
+                assert one.swarm.is_signer()
+                assert len((await one.swarm.sync({"have": []}))["beacons"]) == 1  # type: ignore[arg-type]
+                await one.admit(key("pi"), "pi")
+                manager.programs[-1].kill()
+                manager.programs[-1].wait()
+                await one.admit(key("pc"), "pc")
+                assert one.names() == ["alpha", "pc", "pi"]
+                roster = one.swarm.roster
+                assert roster is not None
+                assert list(roster.signers) == [public.hex()]
+                assert not (tmp_path / "alpha" / "signer").exists()
+                # Its unit is stopped: the node goes on, and says why it cannot sign.
+                manager.end()
+                await one.swarm._try_beacon()
+                assert one.swarm.is_signer()
+                with pytest.raises(Unavailable, match="signer-absent"):
+                    await one.admit(key("tv"), "tv")
+                assert one.names() == ["alpha", "pc", "pi"]
+                manager = UnitManager(top, argv)
+                await one.admit(key("tv"), "tv")
+                await one.swarm.revoke("pi", "sold")
+                assert one.names() == ["alpha", "pc", "tv"]
+        finally:
+            node.close()
+            manager.end()
 
 
 # The program as the unit's user, and the node as its own; both load all they need as root.
