@@ -1,7 +1,6 @@
 """The signer as a unit on a booted machine: the node gets signatures, and nobody gets the key."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +10,8 @@ from tests.appliance.conftest import Images
 from tests.appliance.machines import Lab, Machine
 from tests.appliance.nodes import wait_ready
 
-ROOT = Path(__file__).parents[2]
-UNITS = "/etc/systemd/system"
-NAMES = ("mycoswarm-signer.socket", "mycoswarm-signer@.service")
 KEY = "/var/lib/mycoswarm-signer/signer.key"
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-LAUNCHER = """#!/usr/bin/python3 -I
-import sys
-from mycoswarmd.daemon.signerunit import main
-main(sys.argv[1:])
-"""
 # What the node does, as its user.
 NODE = """
 import json, os
@@ -50,32 +41,14 @@ print(json.dumps(said))
 """.replace("KEY", KEY)
 
 
-def unit_texts() -> dict[str, str]:
-    """Return the units: the files, or as long as there are none what the page beside them says."""
-    page = (ROOT / "systemd/README.signer.md").read_text()
-    texts = {}
-    for name in NAMES:
-        file = ROOT / "systemd" / name
-        found = re.search(rf"^## `{re.escape(name)}`\n\n```ini\n(.*?)```", page, re.MULTILINE | re.DOTALL)
-        assert file.exists() or found
-        texts[name] = file.read_text() if file.exists() else str(found and found[1])
-    return texts
-
-
 @pytest.fixture(scope="module", params=["trixie", "bookworm"])
 def node(request: pytest.FixtureRequest, appliance_lab: Lab, images: Images) -> Iterator[Machine]:
-    """A machine with the package and the signer's units."""
+    """A machine with the package."""
     layers = images.node_trixie if request.param == "trixie" else images.node_bookworm
     machine = appliance_lab.machine(f"signer-{request.param}", *layers)
     machine.wait_booted()
     wait_ready(machine)
-    machine.write("/etc/sysusers.d/signer.conf", "u _mycoswarm-signer - signer /\n")
-    machine.run("systemd-sysusers")
-    machine.write("/usr/libexec/mycoswarm/signer", LAUNCHER, mode=0o755)
-    for name, text in unit_texts().items():
-        machine.write(f"{UNITS}/{name}", text)
-    machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "start", NAMES[0])
+    machine.run("systemctl", "start", "mycoswarm-signer.socket")
     yield machine
     machine.pull_plug()
 
