@@ -63,6 +63,8 @@ _BACKLOG = 128
 # The core sends its packet at once.
 _PACKET_S = 2.0
 _TIRED_S = 0.1
+# Of refusals that are logged, each once.
+_REASONS = 256
 _MAX_SETTINGS_BYTES = 64 << 10
 _CODES = {
     errno.ECONNREFUSED: Code.REFUSED,
@@ -117,6 +119,7 @@ class Dialer:
         self._settings = settings
         self._proof = proof
         self._serving = 0
+        self._told: set[str] = set()
 
     async def serve(self, listener: socket.socket) -> None:
         """Take connections until cancelled."""
@@ -169,7 +172,9 @@ class Dialer:
             return Failed(Code.DENIED, exc.message), None
         reason = objection(request, self._settings.rules())
         if reason is not None:
-            log.warning("refused %s: %s", type(request).__name__.lower(), reason)
+            if reason not in self._told and len(self._told) < _REASONS:  # the core asks again and again
+                self._told.add(reason)
+                log.warning("refused %s: %s", type(request).__name__.lower(), reason)
             return Failed(Code.DENIED, reason), None
         return await self._do(request, line)
 
