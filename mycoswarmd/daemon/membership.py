@@ -8,7 +8,7 @@ problem that `status` shows; the rest of the node works on.
 import asyncio
 import logging
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mycoswarmd.api.access import SWARM_LISTENER
 from mycoswarmd.api.app import Api
@@ -23,6 +23,7 @@ from mycoswarmd.flow.swarmports import Hint, PeerAddress
 from mycoswarmd.trust.identity import NodeIdentity
 from mycoswarmd.trust.tlsctx import Tls
 from mycoswarmd.wire.hints import Announcement
+from mycoswarmd.wire.proof import Proof
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +78,14 @@ class Membership:
         *,
         settings: Settings,
         outside: Outside,
+        proved: Callable[[Proof], None],
         swarm: Swarm,
         fleet: Fleet,
         tls: NodeTls,
         clock: Clock,
     ) -> None:
         self._outside = outside
+        self._proved = proved
         self._settings = settings
         self._swarm = swarm
         self._fleet = fleet
@@ -111,7 +114,7 @@ class Membership:
                 found[hint.address] = None
             first.set()
 
-        looking = Discovery(self._outside.start_discovery, note, clock=self._clock)
+        looking = Discovery(self._outside.start_discovery, note, clock=self._clock, on_proof=self._proved)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(looking.run())
             try:
@@ -196,7 +199,9 @@ class Membership:
     async def _discover(self) -> None:
         if not self._settings.discovery:
             return
-        self.discovery = Discovery(self._outside.start_discovery, self._fleet.hint, clock=self._clock)
+        self.discovery = Discovery(
+            self._outside.start_discovery, self._fleet.hint, clock=self._clock, on_proof=self._proved
+        )
         self._announce()
         try:
             await self.discovery.run()

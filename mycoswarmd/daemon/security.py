@@ -13,7 +13,8 @@ from contextlib import suppress
 from mycoswarmd.core.types import CageSpec, Limits, SandboxLevel
 from mycoswarmd.core.types import Proof as CageProof
 from mycoswarmd.daemon.settings import Settings
-from mycoswarmd.errors import CageError, ConfigError
+from mycoswarmd.daemon.signing import PatientSigner
+from mycoswarmd.errors import CageError, ConfigError, MycoswarmError
 from mycoswarmd.flow.ports import CageMaker, CageSession, Clock
 from mycoswarmd.outposts.dialing import LanDialer
 from mycoswarmd.outposts.selftest import prove
@@ -26,13 +27,14 @@ log = logging.getLogger(__name__)
 _AGAIN_S = 60.0
 # Whoever asks for `status --security` again and again makes no more work than this.
 _FRESH_S = 2.0
+_LAN_S = 5.0
 _TRY_S, _LONGEST_TRY_S = 1.0, 60.0
 # A cage starts in 0.2 s; on a Pi that has just booted and swaps it gets this long before the node goes on.
 _FIRST_TRIAL_S = 15.0
 _TRIAL = CageSpec(
     task_id="trial", attempt=0, read_paths=(), write_paths=(), programs=(), limits=Limits(wall_s=30)
 )
-_UNITS = (Unit.CORE, Unit.LAN, Unit.DISCOVERY, Unit.ENGINE)
+_UNITS = (Unit.CORE, Unit.LAN, Unit.DISCOVERY, Unit.ENGINE, Unit.SIGNER)
 _CAGE_HINT = "systemctl status mycoswarm-task.socket; journalctl -u 'mycoswarm-task@*'"
 
 
@@ -110,7 +112,11 @@ class ProvedCages:
 
 
 class Security:
-    """Gathers the proofs of one node."""
+    """Gathers the proofs of one node.
+
+    Attributes:
+        signer: the unit that holds the signing key, where one does.
+    """
 
     def __init__(
         self, settings: Settings, *, lan: LanDialer | None, cages: ProvedCages, clock: Clock
@@ -119,6 +125,7 @@ class Security:
         self._lan = lan
         self._cages = cages
         self._clock = clock
+        self.signer: PatientSigner | None = None
         self._asked_at_s = float("-inf")
         self._proofs: dict[Unit, Proof] = {}
         self._unheard: dict[Unit, str] = {}
@@ -160,7 +167,7 @@ class Security:
     async def _keep_asking(self) -> None:
         while True:
             await self._ask()
-            await asyncio.sleep(_AGAIN_S if not self._unheard else _TRY_S * 5)
+            await asyncio.sleep(_AGAIN_S if Unit.LAN not in self._unheard else _LAN_S)
 
     async def _keep_cages(self) -> None:
         """Try cages again after one failed, until one proves itself."""
@@ -188,11 +195,22 @@ class Security:
                 log.warning("unit lan cannot be asked: %s", said, extra={"event": "unit-gone"})
             self._unheard[Unit.LAN] = said
 
+    async def _ask_signer(self) -> None:
+        """Ask the signer's unit, which that starts: only when a person wants to know."""
+        if self.signer is None:
+            return
+        try:
+            self.note(await asyncio.to_thread(self.signer.prove))
+        except MycoswarmError as exc:
+            self._unheard[Unit.SIGNER] = exc.message
+
     def problems(self) -> list[str]:
         """Return what is weaker than it should be, each as one line."""
         if not self._settings.appliance:
             return []
-        lines = [f"unit {unit.value} cannot be asked: {said}" for unit, said in self._unheard.items()]
+        lines = [self.signer.problem] if self.signer is not None and self.signer.problem else []
+        if said := self._unheard.get(Unit.LAN):
+            lines.append(f"unit lan cannot be asked: {said}")
         lines += [
             f"unit {unit.value} is weak: {line}"
             for unit, proof in self._proofs.items()
@@ -204,6 +222,7 @@ class Security:
         """Return every proof, those of units that can be asked anew; a node without units has none."""
         if self._clock.monotonic_s() - self._asked_at_s > _FRESH_S:
             await self._ask()
+            await self._ask_signer()
         units = _UNITS if self._settings.appliance else ()
         return {
             "appliance": self._settings.appliance,

@@ -1,5 +1,6 @@
 """Builds what belongs to the swarm: roster, keys, links, invitations. The other part of wiring.py."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from mycoswarmd.daemon.membership import Membership, NodeTls, own_port
 from mycoswarmd.daemon.outside import Outside
 from mycoswarmd.daemon.ownword import OwnWord
 from mycoswarmd.daemon.settings import Settings
+from mycoswarmd.daemon.signing import PatientSigner, make_signer
 from mycoswarmd.engines.peer import PeerEngines
 from mycoswarmd.engines.peerhttp import PeerHttp
 from mycoswarmd.errors import Unavailable
@@ -27,14 +29,18 @@ from mycoswarmd.store.roster import SqliteRosterStore
 from mycoswarmd.trust.certificate import read_certificate
 from mycoswarmd.trust.identity import IdentityFile
 from mycoswarmd.trust.keys import verify
-from mycoswarmd.trust.signer import FileSigner
 from mycoswarmd.trust.tlsctx import knock_context
 from mycoswarmd.wire.jsonv import get_str
+from mycoswarmd.wire.proof import Proof
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmParts:
-    """What the rest of the node is wired to."""
+    """What the rest of the node is wired to.
+
+    Attributes:
+        signer: the unit that holds the signing key, where one does.
+    """
 
     swarm: Swarm
     fleet: Fleet
@@ -42,6 +48,7 @@ class SwarmParts:
     membership: Membership
     invitations: Invitations
     newcomer: Newcomer
+    signer: PatientSigner | None
 
     def book(self) -> RosterBook:
         """Return how the door looks keys up."""
@@ -83,14 +90,18 @@ async def make_swarm(
     receipts: SqliteReceiptLog,
     clock: SystemClock,
     entropy: SystemEntropy,
+    *,
+    proved: Callable[[Proof], None],
 ) -> SwarmParts:
     """Read the roster and the keys, and build what works with them; nothing is dialled or opened yet."""
     store = SqliteRosterStore(db)
     identities = IdentityFile(settings.state_dir / "identity")
+    signer = make_signer(settings, clock)
+    await asyncio.to_thread(signer.public_key)  # what starts a unit does not hold up the loop
     swarm = Swarm(
         store=store,
         identities=identities,
-        signer=FileSigner(settings.state_dir / "signer"),
+        signer=signer,
         receipts=receipts,
         clock=clock,
         entropy=entropy,
@@ -132,10 +143,17 @@ async def make_swarm(
         fleet=fleet,
         members=PeerEngines(fleet.states, fleet.client, version=lambda: fleet.version),
         membership=Membership(
-            settings=settings, outside=outside, swarm=swarm, fleet=fleet, tls=tls, clock=clock
+            settings=settings,
+            outside=outside,
+            proved=proved,
+            swarm=swarm,
+            fleet=fleet,
+            tls=tls,
+            clock=clock,
         ),
         invitations=invitations,
         newcomer=newcomer,
+        signer=signer if isinstance(signer, PatientSigner) else None,
     )
 
 

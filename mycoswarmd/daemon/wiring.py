@@ -190,7 +190,8 @@ async def running_node(settings: Settings, api_socket: socket.socket | None = No
             entropy=entropy,
             times=ApprovalTimes(task_s=settings.approval_s),
         )
-        parts = await make_swarm(db, settings, outside, receipts, clock, entropy)
+        parts = await make_swarm(db, settings, outside, receipts, clock, entropy, proved=security.note)
+        security.signer = parts.signer
         swarm = parts.swarm
         prompts = Prompts(
             policy=lambda: keeper.policy,

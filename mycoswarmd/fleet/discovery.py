@@ -17,12 +17,14 @@ from mycoswarmd.wire.hints import (
     Beat,
     Gone,
     Order,
+    Proved,
     Ready,
     Sighting,
     Trouble,
     encode_order,
     parse_report,
 )
+from mycoswarmd.wire.proof import Proof
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +74,11 @@ class Discovery:
         *,
         clock: Clock,
         silence_s: float = SILENCE_S,
+        on_proof: Callable[[Proof], None] = lambda _: None,
     ) -> None:
         self._start = start
         self._on_hint = on_hint
+        self._on_proof = on_proof
         self._clock = clock
         self._silence_s = silence_s
         self._process: OutpostProcess | None = None
@@ -159,6 +163,8 @@ class Discovery:
                             digest=seen.digest or None,
                         )
                     )
+            case Proved(proof):
+                self._on_proof(proof)
             case Gone() | Beat():
                 # Hints are forgotten by themselves, and who is reached is reached whatever is said of it.
                 pass

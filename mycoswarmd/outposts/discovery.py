@@ -17,7 +17,9 @@ import os
 import re
 import resource
 import secrets
+import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -30,11 +32,13 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 from mycoswarmd.errors import BadRequest
 from mycoswarmd.outposts.confine import confine
 from mycoswarmd.outposts.interfaces import Surroundings, read_surroundings, watch_changes
+from mycoswarmd.outposts.selftest import prove
 from mycoswarmd.wire.hints import (
     LINE_BYTES,
     Announcement,
     Beat,
     Gone,
+    Proved,
     Ready,
     Report,
     Trouble,
@@ -42,9 +46,12 @@ from mycoswarmd.wire.hints import (
     parse_order,
     sighting,
 )
+from mycoswarmd.wire.proof import Proof, Unit
 
 TYPE = "_mycoswarm._tcp.local."
 BEAT_S = 5.0
+# The kernel ends it when it has not beaten for so long: a node cannot kill what is systemd's.
+_HUNG_S = 20
 EXIT_BROKEN = 3
 EXIT_FULL = 4
 # Every packet about a node has this in a name: other devices' traffic is not even parsed.
@@ -299,6 +306,7 @@ class Discovery:
             if self._is_broken():
                 os._exit(EXIT_BROKEN)
             self._outlet.say(Beat())
+            signal.alarm(_HUNG_S)
             await asyncio.sleep(BEAT_S)
 
     async def _notice_changes(self) -> None:
@@ -475,12 +483,14 @@ def _on_fault(loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> No
         os._exit(EXIT_BROKEN)
 
 
-async def _serve(loop: GatedLoop, memory: Memory, *, once_s: float | None) -> None:
+async def _serve(loop: GatedLoop, memory: Memory, *, proof: Proof | None, once_s: float | None) -> None:
     outlet = Outlet(sys.stdout.fileno(), loop.time, metered=once_s is None)
     discovery = Discovery(loop, outlet, memory)
     if once_s is not None:
         await discovery.run(None, for_s=once_s)
         return
+    if proof is not None:
+        outlet.say(Proved(proof))
     os.set_blocking(sys.stdout.fileno(), False)
     orders = asyncio.StreamReader(limit=LINE_BYTES)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
@@ -494,11 +504,14 @@ def main(argv: Iterable[str]) -> None:
     options = parser.parse_args(list(argv))
     logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
     memory = Memory()
+    # A unit's standard input is its connection. Tried before this process closes its own doors.
+    is_unit = options.once is None and stat.S_ISSOCK(os.fstat(0).st_mode)
+    proof = prove(Unit.DISCOVERY) if is_unit else None
     confine()
     loop = GatedLoop()
     loop.set_exception_handler(_on_fault)
     try:
-        loop.run_until_complete(_serve(loop, memory, once_s=options.once))
+        loop.run_until_complete(_serve(loop, memory, proof=proof, once_s=options.once))
     finally:
         loop.close()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from mycoswarmd.errors import BadRequest
 from mycoswarmd.wire.jsonv import as_list, bad_range, get_bool, get_int, get_object, get_str, parse_object
+from mycoswarmd.wire.proof import Proof, Unit, parse_proof_body, proof_body
 
 VERSION = 1
 # Within PIPE_BUF, so that a line is written whole or not at all.
@@ -81,6 +82,13 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class Proved:
+    """What the process found out about its own confinement, where it is a unit."""
+
+    proof: Proof
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """What the node wants of the process: to announce this, or nothing, or to stop."""
 
@@ -88,7 +96,7 @@ class Order:
     stop: bool = False
 
 
-Report = Sighting | Gone | Ready | Beat | Trouble
+Report = Sighting | Gone | Ready | Beat | Trouble | Proved
 
 
 def encode_order(order: Order) -> bytes:
@@ -144,6 +152,8 @@ def encode_report(report: Report) -> bytes:
             return _line({"beat": True})
         case Trouble():
             return _line({"trouble": report.text[:_PROBLEM_CHARS]})
+        case Proved():
+            return _line({"proof": proof_body(report.proof)})
 
 
 def parse_report(untrusted: bytes) -> Report:
@@ -157,6 +167,11 @@ def parse_report(untrusted: bytes) -> Report:
         return Ready()
     if "beat" in body:
         return Beat()
+    if "proof" in body:
+        proof = parse_proof_body(body["proof"])
+        if proof.unit is not Unit.DISCOVERY:
+            raise bad_range("proof.unit", "discovery")
+        return Proved(proof)
     text = get_str(body, "trouble", where="", max_len=_PROBLEM_CHARS)
     return Trouble("".join(one if one.isprintable() and one.isascii() else "?" for one in text))
 

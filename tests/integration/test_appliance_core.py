@@ -36,6 +36,7 @@ action = ["infer", "task", "admin"]
 zone = ["self", "lan"]
 """
 DISCOVERY = (sys.executable, "-I", "-m", "mycoswarmd.outposts.discovery")
+SIGNER = (sys.executable, "-I", "-m", "mycoswarmd.daemon.signerunit", "--state")
 QUIET = "managed_engine = false\ndiscovery = false\n"
 SAYS_HELLO = {"model": "ok", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -193,6 +194,15 @@ def member(base: Path, name: str, host: str, settings: str = "") -> tuple[Path, 
 
 
 @contextmanager
+def signer(core: Core) -> Iterator[Path]:
+    """Be the signer's unit of this core, and yield where it keeps its key."""
+    state = core.state.parent / f"signer-{core.state.name}"
+    state.mkdir(mode=0o700)
+    with accepting(core.outposts / "mycoswarm-signer.sock", (*SIGNER, str(state))):
+        yield state
+
+
+@contextmanager
 def cable(*ends: tuple[str, str]) -> Iterator[None]:
     """Connect two network namespaces, each with an address."""
     (one, _), (other, _) = ends
@@ -212,11 +222,14 @@ def test_two_appliances_form_a_swarm_through_their_dialers(tmp_path: Path) -> No
         cable((one_house, here), (other_house, there)),
         appliance(*member(tmp_path, "ws", here), POLICY, namespace=one_house) as ws,
         appliance(*member(tmp_path, "pi", there), POLICY, namespace=other_house) as pi,
+        signer(ws) as key_of_ws,
     ):
         assert "listening for the swarm" not in ws.log()
         begun = ws.call("POST", "/api/swarm/init", {"name": "home", "node_name": "ws", "recovery": "ab" * 32})
         assert begun.status == 201, begun.body
         until(lambda: "listening for the swarm at 10.77.0.1:7437" in ws.log())
+        assert (key_of_ws / "signer.key").exists()
+        assert not (ws.state / "signer").exists()  # what signs for it is not its own
         code = ws.call("POST", "/api/swarm/invites", {"name": "pi"}).json["code"]
         joined = pi.call("POST", "/api/swarm/enroll", {"code": code, "addresses": [f"{here}:7437"]})
         assert joined.status == 201, joined.body
@@ -235,7 +248,7 @@ def reaches(core: Core, other: str) -> bool:
 
 def test_discovery_is_a_connection_that_is_made_again_when_it_ends(tmp_path: Path) -> None:
     settings = 'swarm_listen = "none"\nmanaged_engine = false\n'
-    with appliance(tmp_path, settings, POLICY) as core:
+    with appliance(tmp_path / "ws", settings, POLICY) as core, signer(core):
         core.call("POST", "/api/swarm/init", {"name": "home", "node_name": "ws", "recovery": "ab" * 32})
         # Nobody is there yet: said, and tried again.
         until(lambda: "cannot start mycoswarm-discovery.sock" in core.log())
@@ -243,8 +256,32 @@ def test_discovery_is_a_connection_that_is_made_again_when_it_ends(tmp_path: Pat
             until(lambda: len(started) == 1)
             started[0].kill()
             until(lambda: len(started) == 2)
+            until(lambda: {"discovery", "signer"} <= units_that_proved(core))
             assert core.stop() == 0
             assert started[1].wait(5) == 0  # it ends with the node
+
+
+def units_that_proved(core: Core) -> set[str]:
+    return {one["unit"] for one in core.call("GET", "/v1/security").json["proofs"]}
+
+
+def test_without_the_signers_unit_no_swarm_begins_and_the_node_goes_on(tmp_path: Path) -> None:
+    with appliance(tmp_path / "ws", QUIET, POLICY) as core:
+        swarm = {"name": "home", "node_name": "ws", "recovery": "ab" * 32}
+        refused = core.call("POST", "/api/swarm/init", swarm)
+        assert (refused.status, refused.json["error"]["code"]) == (503, "signer-absent")
+        assert "systemctl enable --now mycoswarm-signer.socket" in refused.json["error"]["hint"]
+        assert core.call("GET", "/api/status").status == 200
+        with signer(core):
+            assert core.call("POST", "/api/swarm/init", swarm).status == 201
+            core.stop()
+        # Started while the unit is broken: it says so, and answers.
+        with accepting(core.outposts / "broken", ("/bin/false",)):
+            (core.outposts / "mycoswarm-signer.sock").unlink()
+            (core.outposts / "broken").rename(core.outposts / "mycoswarm-signer.sock")
+            core.start()
+            assert any("cannot reach the signer" in one for one in problems_of(core))
+            assert core.call("GET", "/api/swarm").status == 200
 
 
 # --- what is proved -----------------------------------------------------------------------------------------
