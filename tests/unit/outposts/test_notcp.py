@@ -1,0 +1,80 @@
+"""A core that was taken over points a socket of the dialer's elsewhere: it can, and then it cannot."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dialers import lan_dialer
+
+CODE = """
+import asyncio, ctypes, errno, json, os, socket, sys, threading
+from pathlib import Path
+from mycoswarmd.outposts.dialing import LanDialer
+from mycoswarmd.outposts.notcp import forbid_tcp
+
+allowed, forbidden = int(sys.argv[2]), int(sys.argv[3])
+found = {"holds": forbid_tcp()} if sys.argv[4] == "forbid" else {}
+
+def point_elsewhere(sock):
+    sock.settimeout(5)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.connect(sock.fileno(), (ctypes.c_char * 16)(), 16) == 0  # AF_UNSPEC: disconnect
+    try:
+        sock.connect(("127.0.0.1", forbidden))
+    except OSError as exc:
+        return errno.errorcode[exc.errno]
+    return "connected"
+
+async def main():
+    lan = LanDialer(Path(sys.argv[1]))
+    with await lan.connect("127.0.0.1", allowed, 5) as sock:
+        sock.send(b"x")
+        found["here"] = point_elsewhere(sock)
+    with await lan.connect("127.0.0.1", allowed, 5) as sock:
+        found["thread"] = await asyncio.to_thread(point_elsewhere, sock)
+    # What the node does goes on: it listens on what it was given, and connects to unix sockets.
+    with await lan.listen("127.0.0.1", int(sys.argv[5])) as sock:
+        server = await asyncio.start_server(lambda r, w: w.close(), sock=sock)
+        server.close()
+    print(json.dumps(found))
+
+asyncio.run(main())
+"""
+
+
+def tried(directory: Path, what: str) -> dict[str, object]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as engine,
+        socket.create_server(("127.0.0.1", 0)) as other,
+        socket.create_server(("127.0.0.1", 0)) as free,
+    ):
+        ports = [one.getsockname()[1] for one in (engine, other, free)]
+        free.close()
+        file = directory / "mycoswarm.toml"
+        file.write_text(
+            f'listen = "127.0.0.1:{ports[2]}"\n[engines.e]\nkind = "openai"\nurl = "http://127.0.0.1:{ports[0]}"\n'
+        )
+        with lan_dialer(directory, "--settings", str(file)) as dialer:
+            run = subprocess.run(
+                [
+                    *(sys.executable, "-I", "-c", CODE, str(dialer.path)),
+                    *(str(ports[0]), str(ports[1]), what, str(ports[2])),
+                ],
+                check=True,
+                capture_output=True,
+            )
+    found = json.loads(run.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_dialled_socket_cannot_be_pointed_elsewhere(tmp_path: Path) -> None:
+    assert tried(tmp_path, "nothing") == {"here": "connected", "thread": "connected"}
+    found = tried(tmp_path, "forbid")
+    if not found["holds"]:
+        pytest.skip("this kernel's Landlock knows no TCP")
+    assert found == {"holds": True, "here": "EACCES", "thread": "EACCES"}
