@@ -76,8 +76,8 @@ class FileSigner:
 class UnitSigner:
     """Has the signer's unit sign; implements flow.swarmports.Signer.
 
-    Where nothing listens at the unit's socket this node signs nothing, for only signers enable it. What is
-    known of the public half is kept, for it is asked for all the time.
+    What is known of the public half is kept, for it is asked for all the time. Where nothing listens at the
+    unit's socket that is an error, not a node without a key: the unit is part of every appliance.
     """
 
     def __init__(
@@ -96,11 +96,7 @@ class UnitSigner:
     def public_key(self) -> bytes | None:
         """Return the public half, or None: this node signs nothing; ConfigError for a key of no use."""
         if not self._is_known:
-            try:
-                answer = self._ask(Request(Do.PUBLIC))
-            except _Absent:
-                return None
-            self._learn(answer.public)
+            self._learn(self._ask(Request(Do.PUBLIC)).public)
         return self._public
 
     def create(self) -> bytes:
@@ -129,6 +125,7 @@ class UnitSigner:
         except _Absent:
             if self._public is not None:
                 raise
+            return  # a node that never signed may leave its swarm without the unit
         self._learn(None)
 
     def prove(self) -> Proof:
@@ -213,7 +210,7 @@ class UnitSigner:
 
 
 class _Absent(Unavailable):
-    """Nobody has enabled the signer's unit on this machine."""
+    """The signer's unit is not there."""
 
 
 class _Ended(OSError):
