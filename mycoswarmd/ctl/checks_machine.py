@@ -84,6 +84,10 @@ def cgroups(box: Box) -> Iterator[Finding]:
             )
         return
     yield _ok("cgroups", "Control groups are version 2.")
+    for name, what in (("pids", "the number of processes"), ("cpu", "processor time")):
+        if name not in controllers.split():
+            said = f"The kernel cannot limit {what} of a group: a task may take more than its share."
+            yield _weak(name, said, "start the distribution's own kernel, which can")
     if "memory" in controllers.split():
         yield _ok("memory", "The kernel can limit memory.")
     elif asked:

@@ -340,8 +340,11 @@ def in_swarm(status: Doc, swarm: Doc, *, file_sha256: str) -> Iterator[Finding]:
         yield Finding(name="swarm", severity=Severity.WEAK, detail=str(problem), fix="mycoswarmctl nodes")
 
 
-def proofs(answer: Doc) -> Iterator[Finding]:
-    """Return what units did not prove about their confinement (GET /v1/security)."""
+def proofs(answer: Doc, *, has_memory_limits: bool) -> Iterator[Finding]:
+    """Return what units did not prove about their confinement (GET /v1/security).
+
+    Where the kernel has no memory limits, that was said once already.
+    """
     wire = importlib.import_module("mycoswarmd.wire.proof")
     rows = answer.get("proofs") if isinstance(answer.get("proofs"), list) else []
     for row in rows or []:
@@ -349,10 +352,14 @@ def proofs(answer: Doc) -> Iterator[Finding]:
             proof = wire.parse_proof_body(row.get("proof", row) if isinstance(row, dict) else row)
         except (BadRequest, LocalProtocolError, ValueError):
             continue  # of a newer node
-        weak = proof.weak()
+        weak = [
+            check
+            for check in proof.weak()
+            if has_memory_limits or check.ok is False or check.name is not wire.CheckName.MEMORY
+        ]
         name = f"confinement: {proof.unit.value}"
         if not weak:
-            yield Finding(name=name, severity=Severity.OK, detail="The unit proved its confinement.")
+            yield Finding(name=name, severity=Severity.OK, detail="The unit proved that it is confined.")
             continue
         said = "; ".join(f"{check.name.value}{': ' + check.detail if check.detail else ''}" for check in weak)
         is_refuted = any(check.ok is False for check in weak)

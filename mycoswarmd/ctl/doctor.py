@@ -79,11 +79,11 @@ def look(box: "Box", session: Session | None, state: Path | None) -> "list[Findi
         *of_node.node_files(box, node, listeners),
     ]
     if session is not None:
-        found += _asked(session, box, node, known={one.name for one in found})
+        found += _asked(session, box, node, known={one.name: one.severity.value for one in found})
     return in_order(found)
 
 
-def _asked(session: Session, box: "Box", node: "Node", *, known: set[str]) -> "list[Finding]":
+def _asked(session: Session, box: "Box", node: "Node", *, known: dict[str, str]) -> "list[Finding]":
     """Return what the running node adds, or why it does not."""
     checks, boxes = importlib.import_module(_NODE), importlib.import_module(_BOX)
     try:
@@ -101,15 +101,18 @@ def _asked(session: Session, box: "Box", node: "Node", *, known: set[str]) -> "l
         boxes.Finding(name="node", severity=boxes.Severity.OK, detail="The node runs."),
         *(one for one in checks.told(_get(session, "/api/doctor")) if _is_news(one, known)),
         *checks.in_swarm(status, _get(session, "/api/swarm"), file_sha256=checks.policy_hash(box, node)),
-        *checks.proofs(_get(session, "/v1/security")),
+        *checks.proofs(_get(session, "/v1/security"), has_memory_limits=known.get("memory") != "weak"),
     ]
 
 
-def _is_news(one: "Finding", known: set[str]) -> bool:
+def _is_news(one: "Finding", known: dict[str, str]) -> bool:
     """Tell whether the node says more than what was looked at here, which is said in plainer words."""
     if one.name == "policy":
         return one.severity.value == "broken"
-    return one.name.removeprefix("cage: ") not in known and not one.name.startswith("exposed:")
+    if one.name == "engine: embedded":
+        return "embedded engine" not in known
+    name = one.name.removeprefix("cage: ").removesuffix("-cgroup")
+    return name not in known and not one.name.startswith("exposed:")
 
 
 def _get(session: Session, path: str) -> Doc:

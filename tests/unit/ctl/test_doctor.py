@@ -153,6 +153,11 @@ CASES: dict[str, tuple[Change, dict[str, Severity], str]] = {
         {"memory": WEAK},
         "cgroup_enable=memory",
     ),
+    "no limits at all": (
+        lambda tree: tree.put({"/sys/fs/cgroup/cgroup.controllers": "\n"}),
+        {"memory": WEAK, "pids": WEAK, "cpu": WEAK},
+        "cgroup_enable=memory",
+    ),
     "no user namespaces": (
         lambda tree: tree.put({"/proc/sys/user/max_user_namespaces": "0\n"}),
         {"user namespaces": BROKEN},
@@ -303,7 +308,7 @@ def test_the_pis_cure_cures_after_a_restart(tmp_path: Path) -> None:
     assert findings(tree)["memory"].fix == "sudo reboot"
     cure(tree, findings(tree)["landlock"].fix)
     assert (tmp_path / "boot/firmware/cmdline.txt").read_text().count("\n") == 1
-    tree.put({"/sys/fs/cgroup/cgroup.controllers": "cpu memory\n", "/proc/cmdline": PI_BOOTED})
+    tree.put({"/sys/fs/cgroup/cgroup.controllers": "cpu memory pids\n", "/proc/cmdline": PI_BOOTED})
     assert set(bad(tree)) == {"landlock"}
 
 
@@ -442,6 +447,18 @@ def test_what_a_unit_did_not_prove_is_weak_and_what_it_refuted_is_broken(sound: 
     ):
         node.on("GET", "/v1/security", answer(document))
         assert rows(ctl(node, "doctor", "--json").json)["confinement: core"] == expected
+    # One cause is said once: what the machine lacks, no unit can prove.
+    sound.put({"/sys/fs/cgroup/cgroup.controllers": "\n"})
+    node.on("GET", "/v1/security", answer(proved(memory=None)))
+    facts = [
+        {"name": f"cage: {name}-cgroup", "severity": "warn", "detail": "absent"}
+        for name in ("memory", "pids")
+    ]
+    node.on("GET", "/api/doctor", answer({"checks": facts}))
+    said = rows(ctl(node, "doctor", "--json").json)
+    assert {name for name, severity in said.items() if severity != "ok"} == {"memory", "pids", "cpu"}
+    node.on("GET", "/v1/security", answer(proved(memory=False)))
+    assert rows(ctl(node, "doctor", "--json").json)["confinement: core"] == "broken"
 
 
 def test_another_machine_is_asked_and_not_looked_at(
