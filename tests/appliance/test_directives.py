@@ -1,0 +1,189 @@
+"""Each directive does something: what it forbids fails, and succeeds in the same unit without it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.appliance.images import SUITES
+from tests.appliance.machines import Machine
+
+UNITS = Path(__file__).parents[2] / "systemd"
+# The cage has a suite of its own (test_cage.py).
+SERVICES = {
+    "core": "mycoswarmd.service",
+    "lan": "mycoswarm-lan.service",
+    "discovery": "mycoswarm-discovery@.service",
+    "engine": "mycoswarm-engine@.service",
+    "signer": "mycoswarm-signer@.service",
+}
+# How a unit starts, where it writes and who brings it back is of no concern to a probe.
+_LEFT_OUT = {
+    *("Type", "NotifyAccess", "ExecStart", "ExecReload", "Restart", "RestartSec", "WatchdogSec"),
+    *("StandardInput", "StandardOutput", "StandardError", "TimeoutStartSec", "TimeoutStopSec"),
+    "OOMScoreAdjust",
+}
+# By the names of directives: whether what each forbids could not be done. Run inside, one process for all.
+_PROBE = r"""
+import ctypes, errno, json, mmap, os, resource, socket, stat, struct, sys
+
+libc = ctypes.CDLL(None, use_errno=True)
+outside = json.load(open("/usr/lib/probe/outside.json"))
+held = {}
+
+
+def probe(name, works):
+    try:
+        held[name] = not works()
+    except OSError:
+        held[name] = True
+
+
+def readonly(path):
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def calls(number, *words):
+    # In a child: what the filter may do to the caller is death.
+    pid = os.fork()
+    if pid == 0:
+        ctypes.set_errno(0)
+        value = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(word) for word in words])
+        os._exit(0 if value != -1 else ctypes.get_errno() or 1)
+    status = os.waitpid(pid, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def suid():
+    with open(path := f"/tmp/suid-{os.getpid()}", "w"):
+        pass
+    os.chmod(path, 0o4755)
+    return True
+
+
+def connects(path):
+    with socket.socket(socket.AF_UNIX) as door:
+        door.connect(path)
+    return True
+
+
+same = lambda kind: os.readlink(f"/proc/self/ns/{kind}") == outside[kind]
+status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
+probe("PrivateNetwork", lambda: "host0" in open("/proc/self/net/dev").read())
+probe("RestrictAddressFamilies", lambda: bool(socket.socket(socket.AF_VSOCK)))
+probe("InaccessiblePaths", lambda: os.access("/run/dbus/system_bus_socket", os.F_OK))
+probe("ProtectSystem", lambda: not readonly("/usr"))
+probe("ProtectHome", lambda: bool(os.listdir("/home")))
+probe("PrivateTmp", lambda: os.path.exists("/tmp/of-others"))
+probe("PrivateDevices", lambda: not os.statvfs("/dev").f_flag & os.ST_NOEXEC)
+probe("PrivateUsers", lambda: same("user"))
+probe("PrivateIPC", lambda: same("ipc"))
+probe("ProtectHostname", lambda: same("uts"))
+probe("CapabilityBoundingSet", lambda: int(status["CapBnd"], 16) != 0)
+probe("RestrictNamespaces", lambda: calls(outside["unshare"], 0x10000000) == 0)
+probe("RestrictSUIDSGID", suid)
+probe("LockPersonality", lambda: calls(outside["personality"], 0x0040000) == 0)
+everything = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+probe("MemoryDenyWriteExecute", lambda: bool(mmap.mmap(-1, 4096, prot=everything)))
+probe("ProtectProc", lambda: os.path.exists("/proc/1"))
+probe("ProcSubset", lambda: os.path.exists("/proc/cpuinfo"))
+probe("ProtectKernelModules", lambda: bool(os.listdir("/usr/lib/modules")))
+probe("ProtectControlGroups", lambda: not readonly("/sys/fs/cgroup"))
+# An x32 call; a kernel without them says so, and the filter kills before the kernel is asked.
+probe("SystemCallArchitectures", lambda: calls(0x40000000 + 39) >= 0)
+# ioprio_set(IOPRIO_WHO_PROCESS, 0, best effort 4): harmless, and everybody may.
+probe("SystemCallFilter", lambda: calls(251, 1, 0, 2 << 13 | 4) == 0)
+probe("SystemCallErrorNumber", lambda: calls(251, 1, 0, 2 << 13 | 4) < 0)
+mask = os.umask(0o022)
+probe("UMask", lambda: mask & 0o007 != 0o007)
+probe("StateDirectory", lambda: not any(os.access(path, os.W_OK) for path in outside["states"]))
+probe("User", lambda: os.getuid() == 0)
+probe("LimitNOFILE", lambda: list(resource.getrlimit(resource.RLIMIT_NOFILE)) == outside["files"])
+probe("LimitCORE", lambda: resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)
+probe("LimitFSIZE", lambda: resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY)
+print(json.dumps(held))
+"""
+# What the machine is like without confinement; the numbers are x86-64's.
+_OUTSIDE = r"""
+import json, os
+
+facts = {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in ("user", "ipc", "uts")}
+facts |= {"unshare": 272, "personality": 135, "states": ["/var/lib/mycoswarm", "/var/lib/mycoswarm-signer"]}
+print(json.dumps(facts))
+"""
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def directives(unit: str) -> list[str]:
+    section, found = "", []
+    for line in (UNITS / SERVICES[unit]).read_text().splitlines():
+        if line.startswith("["):
+            section = line
+        elif section == "[Service]" and "=" in line and not line.startswith("#"):
+            found.append(line)
+    return [line for line in found if line.partition("=")[0] not in _LEFT_OUT]
+
+
+def names(lines: list[str]) -> Iterator[str]:
+    yield from dict.fromkeys(line.partition("=")[0] for line in lines)
+
+
+@pytest.fixture(scope="module")
+def machine(fresh: dict[str, tuple[Machine, str]]) -> Machine:
+    machine, _ = fresh[SUITES[0]]
+    machine.write("/usr/lib/probe/probe.py", _PROBE)
+    machine.sh("mkdir -p /home/somebody /usr/lib/modules/some; touch /tmp/of-others")
+    machine.write("/usr/lib/probe/outside.json", "{}")
+    facts = json.loads(machine.python(_OUTSIDE).out)
+    command = ["systemd-run", "--quiet", "--pipe", "--wait", "python3", "-c"]
+    files = machine.run(*command, "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))").out
+    facts["files"] = [int(word) for word in files.split()]
+    machine.write("/usr/lib/probe/outside.json", json.dumps(facts))
+    return machine
+
+
+def run_all(machine: Machine, unit: str, lines: list[str]) -> dict[str, dict[str, bool]]:
+    """Run the probe in the unit as it is, by the name "", and without each directive in turn."""
+    names_by_number = ["", *names(lines)]
+    for number, without in enumerate(names_by_number):
+        kept = [line for line in lines if line.partition("=")[0] != without]
+        text = "\n".join(
+            [
+                "[Service]",
+                *kept,
+                "Type=oneshot",
+                "ExecStart=/usr/bin/python3 -I /usr/lib/probe/probe.py",
+                f"StandardOutput=file:/root/probe-{unit}-{number}",
+            ]
+        )
+        machine.write(f"/run/systemd/system/probe-{unit}-{number}.service", text + "\n")
+    machine.run("systemctl", "daemon-reload")
+    units = [f"probe-{unit}-{number}.service" for number in range(len(names_by_number))]
+    machine.run("systemctl", "start", *units, check=False, timeout_s=120)
+    found = {}
+    for number, without in enumerate(names_by_number):
+        said = machine.run("cat", f"/root/probe-{unit}-{number}", check=False).out
+        assert said, (without, machine.journal("-u", f"probe-{unit}-{number}")[-2000:])
+        found[without] = json.loads(said)
+    return found
+
+
+@pytest.mark.parametrize("unit", SERVICES)
+def test_without_a_directive_what_it_forbids_succeeds(machine: Machine, unit: str) -> None:
+    lines = directives(unit)
+    found = run_all(machine, unit, lines)
+    probed = set(found[""]) & set(names(lines))
+    assert {name for name in probed if not found[""][name]} == set()
+    assert {name for name in probed if found[name][name]} == set()
+    assert cited() & set(names(lines)) <= probed
+
+
+def cited() -> set[str]:
+    """Return the directives of which systemd/README.md says that they are probed here."""
+    table = (UNITS / "README.md").read_text().split("### Services\n")[1].split("### ")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    found = {row[0].strip(" `").partition("=")[0] for row in rows if "directives" in row[3]}
+    assert len(found) >= 25
+    return found
