@@ -26,7 +26,9 @@ def unpack_tree(wheel: Path, target: Path) -> None:
         with _opened(wheel) as archive:
             for member in _members(archive):
                 _write(archive, member, new / member.filename)
-        new.chmod(0o755)
+        # Whoever runs it is another user than who installs it, whatever that one's umask is.
+        for directory in (new, *(one for one in new.rglob("*") if one.is_dir())):
+            directory.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
         new.rename(target)
