@@ -19,6 +19,7 @@ import socket
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mycoswarmd.core.types import CageSpec, Proof, SandboxLevel
@@ -36,7 +37,7 @@ SOCKET = Path("/run/mycoswarm-task.sock")
 # Where cgroup2 is: alone, or beside the older ones.
 GROUP_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 # The unit of /run/NAME.sock is NAME@.service, and each connection has an instance of its own.
-UNIT_GROUP = r"(?:/[A-Za-z0-9_.@\\-]+)*/{}@[0-9-]{{1,60}}\.service"
+UNIT_GROUP = r"(?:/[A-Za-z0-9_.@\\-]+)*/{}@[0-9_-]{{1,60}}\.service"
 CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 # PID 1 accepts at once, unless it is busy with a boot.
 CONNECT_S = 10.0
@@ -76,6 +77,7 @@ class SystemdCages:
         self._group_roots = group_roots
         self._keep_spare = keep_spare
         self._host: Host | None = None
+        self._uids: set[int] = set()
         self._spare: socket.socket | None = None
         self._spare_until_s = 0.0
 
@@ -103,6 +105,7 @@ class SystemdCages:
             group_roots=self._group_roots,
         )
         await session.prove(confine, is_sent=True)
+        await self._settle(session)
         if self._keep_spare and self._spare is None:
             with suppress(CageError):  # whoever opens the next one is told
                 self._spare = await self._connect()
@@ -126,6 +129,17 @@ class SystemdCages:
             return near
         near.close()
         return None
+
+    async def _settle(self, session: "SystemdSession") -> None:
+        """Count a cage's user as taken until the cage is gone; refuse one who is taken already.
+
+        Processes of one user can kill each other, in whatever namespaces they are.
+        """
+        if session.uid in self._uids:
+            await session.close()
+            raise _unproved(f"another cage runs as the same user {session.uid}")
+        self._uids.add(session.uid)
+        session.on_gone(partial(self._uids.discard, session.uid))
 
     def _read_host(self) -> Host:
         self._host = self._host or read_host()
@@ -207,6 +221,11 @@ class SystemdSession(Session):
     def pid(self) -> int:
         """The process to look for in a list: the agent."""
         return self._peer.pid
+
+    @property
+    def uid(self) -> int:
+        """Whom the agent runs as, for as long as its unit lives."""
+        return self._peer.uid
 
     async def _check(self, answer: Frame, confine: Frame) -> Proof:
         proof = check_proof(answer, confine)

@@ -26,7 +26,12 @@ HERE = Path(__file__).parent
 def make_spec(programs: tuple[str, ...] = (), **limits: int) -> CageSpec:
     """Return the rights of a task."""
     return CageSpec(
-        task_id="t", attempt=1, read_paths=(".",), write_paths=(".",), programs=programs, limits=Limits(**limits)
+        task_id="t",
+        attempt=1,
+        read_paths=(".",),
+        write_paths=(".",),
+        programs=programs,
+        limits=Limits(**limits),
     )
 
 
@@ -54,7 +59,12 @@ async def prove(request: Body) -> object:
     try:
         async with cage(request) as session:
             proof = session.proof
-            return {"level": proof.level, "held": proof.held, "absent": proof.absent, "can": SystemdCages().level}
+            return {
+                "level": proof.level,
+                "held": proof.held,
+                "absent": proof.absent,
+                "can": SystemdCages().level,
+            }
     except CageError as exc:
         return {"refused": f"{exc.code}: {exc.message}"}
 
@@ -121,7 +131,8 @@ async def several(request: Body) -> object:
 
 async def beside(request: Body) -> object:
     """Run Python in two cages at the same time."""
-    async with cage(request) as first, cage(request) as second:
+    cages = SystemdCages(Path(request.get("socket", SOCKET)), keep_spare=False)
+    async with cage(request, cages) as first, cage(request, cages) as second:
         return [await do(session, request["code"]) for session in (first, second)]
 
 
@@ -140,8 +151,7 @@ async def measure(request: Body) -> object:
 
 
 ACTIONS = {
-    action.__name__: action
-    for action in (prove, mutate, probe, run, hold, ends, several, beside, measure)
+    action.__name__: action for action in (prove, mutate, probe, run, hold, ends, several, beside, measure)
 }
 
 if __name__ == "__main__":
