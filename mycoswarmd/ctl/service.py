@@ -120,8 +120,8 @@ def install(
     session = begin(ctx, as_json=as_json)
     session.stay_here()
     service = Service(session, Path(root))
-    service.refuse_beside_package()
     service.need_root()
+    service.refuse_beside_package()
     service.install(find_share(), source or f"mycoswarmd=={__version__}")
 
 
