@@ -120,9 +120,12 @@ def laptop(tree: Tree) -> None:
     tree.put({"/sys/class/dmi/id/chassis_type": "10\n", "/sys/class/power_supply/BAT0/status": "Charging\n"})
 
 
-def wide_policy(tree: Tree) -> None:
-    tree.put({"/etc/mycoswarm/policy.toml": SHIPPED.read_text()})
-    (tree.root / "etc/mycoswarm/policy.toml").chmod(0o666)
+def policy_of_mode(mode: int) -> Change:
+    def change(tree: Tree) -> None:
+        tree.put({"/etc/mycoswarm/policy.toml": SHIPPED.read_text()})
+        (tree.root / "etc/mycoswarm/policy.toml").chmod(mode)
+
+    return change
 
 
 def without(*paths: str) -> Change:
@@ -190,7 +193,8 @@ CASES: dict[str, tuple[Change, dict[str, Severity], str]] = {
         {"policy": BROKEN},
         "policy check /etc/mycoswarm/policy.toml",
     ),
-    "a policy for all to write": (wide_policy, {"policy": BROKEN}, "chmod go-w"),
+    "a policy for all to write": (policy_of_mode(0o646), {"policy": BROKEN}, "chmod go-w"),
+    "a policy for a group to write": (policy_of_mode(0o664), {"policy": BROKEN}, "chmod go-w"),
     "a sound policy": (
         lambda tree: tree.put({"/etc/mycoswarm/policy.toml": SHIPPED.read_text()}),
         {},
@@ -386,6 +390,18 @@ def test_an_older_node_that_knows_less_is_no_trouble(sound: Tree, node: FakeNode
     assert set(rows(ran.json).values()) == {"ok"} and rows(ran.json)["node"] == "ok"
 
 
+def test_nothing_is_said_twice(sound: Tree, node: FakeNode) -> None:
+    names = ("policy", "disk", "clock", "cage: landlock", "engine: embedded", "exposed: vLLM")
+    facts = [{"name": name, "severity": "ok", "detail": "as it should be"} for name in names]
+    node.on("GET", "/api/status", answer({})).on("GET", "/api/doctor", answer({"checks": facts}))
+    said = [row["name"] for row in ctl(node, "doctor", "--json").json["checks"]]
+    assert len(said) == len(set(said))
+    assert not {"cage: landlock", "engine: embedded", "exposed: vLLM"} & set(said)
+    broken = {"name": "policy", "severity": "fail", "detail": "in force is an old one", "fix": "look"}
+    node.on("GET", "/api/doctor", answer({"checks": [broken]}))
+    assert "in force is an old one" in ctl(node, "doctor").out
+
+
 @pytest.mark.parametrize(
     ("severity", "shown", "code"), [("ok", "ok", 0), ("warn", "weak", 0), ("fail", "broken", 1)]
 )
@@ -443,6 +459,7 @@ def test_what_a_unit_did_not_prove_is_weak_and_what_it_refuted_is_broken(sound: 
         (proved(), "ok"),
         (proved(memory=None), "weak"),
         (proved(inet_socket=False), "broken"),
+        (proved(inet_socket=False, memory=None), "broken"),
         ({"proofs": [{"unit": "core", "checks": []}]}, "weak"),
     ):
         node.on("GET", "/v1/security", answer(document))
