@@ -9,9 +9,11 @@ RUNTIME_STAMP := $(VENV)/.installed
 # Programs of the distribution that the node and its tests start.
 RUN_PACKAGES := bubblewrap libgomp1 libstdc++6 python3 python3-venv
 TEST_PACKAGES := $(RUN_PACKAGES) git procps strace iproute2 util-linux gcc libc6-dev pandoc man-db tshark nmap
+# What builds the package, and what boots machines to install it on.
+TEST_PACKAGES += dpkg-dev debhelper dh-python systemd-container mmdebstrap debian-archive-keyring tcpdump
 PARALLEL ?= 2
 
-.PHONY: help demo test lint bench man deb clean
+.PHONY: help demo test lint appliance bench man deb clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -21,6 +23,9 @@ demo: $(RUNTIME_STAMP)  ## run the main job for real: node, policy, model, caged
 
 test: $(STAMP)  ## run linters, types, import contracts and all tests
 	@$(BIN)/pytest -n $(PARALLEL) --dist loadgroup $(ARGS)
+
+appliance: $(STAMP)  ## install the package on booted machines and try everything there (root)
+	@$(BIN)/pytest -rs --durations 10 tests/appliance $(ARGS)
 
 bench: $(STAMP)  ## measure beside peers and print a table
 	@tests/bench/run

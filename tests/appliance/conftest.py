@@ -1,4 +1,4 @@
-"""The machines of the appliance tests: booted once for the session, where root and systemd-nspawn are there."""
+"""The machines of the appliance tests: booted once, where root and systemd-nspawn are there."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Images:
-    """What machines are made of: images of both releases, the package, and layers with the package installed."""
+    """What machines are made of: images of both releases, the package, layers with the package installed."""
 
     def __init__(self, opened: Lab) -> None:
         # The first machines of a test run pay for all that: what can be done side by side is.

@@ -1,7 +1,8 @@
-"""The scripted engine of `tests/upstream.py` as a program: `python3 -m tests.appliance.fake_engine PORT [PAUSE_S]`.
+"""The scripted engine of `tests/upstream.py` as a program: `-m tests.appliance.fake_engine PORT [PAUSE_S]`.
 
-It runs on a machine of the lab, beside the node, where an Ollama or a vLLM would. The first task that model `agent`
-serves writes a file; every later one just finishes. What it was asked is at /tmp/asked, one JSON body a line.
+It runs on a machine of the lab, beside the node, where an Ollama or a vLLM would. The first task that model
+`agent` serves writes a file; every later one just finishes. What it was asked is
+at /tmp/asked, one JSON body a line.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Debian images for the appliance's machines: built once, kept by a hash of what is in them.
 
 An image is a plain directory that machines only read (each has its own layer above it). It holds what the
-package depends on, so that `apt install ./mycoswarmd_*.deb` needs no network on the machine. Law: an image that
-was not finished is never used, and two builds of the same image never meet.
+package depends on, so that `apt install ./mycoswarmd_*.deb` needs no network on the machine. Law: an image
+that was not finished is never used, and two builds of the same image never meet.
 """
 
 import fcntl
@@ -98,7 +98,7 @@ def _build(suite: str, home: Path, cache: Path) -> None:
 
 
 def _finish(root: Path) -> None:
-    """Make the image a machine of this lab: masked units, users, a journal that survives, an open policy-rc.d."""
+    """Make the image a machine of this lab: masked units, users, a journal that survives."""
     units = root / "etc/systemd/system"
     for name in MASKED:
         (units / name).unlink(missing_ok=True)

@@ -1,12 +1,13 @@
 """Real Debian machines for tests: systemd as PID 1, own kernel namespaces, one switch, no way out.
 
-A machine is a systemd-nspawn container on an overlay over an image, in a cgroup2 subtree and a network namespace
-of its own. Real there: units and their confinement, eBPF address filters, seccomp, namespaces, DynamicUser, socket
-activation, Landlock, multicast, apt. Not real there: limits of controllers that the outer machine keeps on
-cgroup v1 (`Lab.controllers` says which are there), a kernel of its own, power loss below the file system.
+A machine is a systemd-nspawn container on an overlay over an image, in a cgroup2 subtree and a network
+namespace of its own. Real there: units and their confinement, eBPF address filters, seccomp, namespaces,
+DynamicUser, socket activation, Landlock, multicast, apt. Not real there: limits of controllers that the outer
+machine keeps on cgroup v1 (`Lab.controllers` says which are there), a kernel of its own, power loss below the
+file system.
 
-Laws: every name carries the session's, so that sessions never meet; a janitor process takes everything down when
-the session ends in whatever way; pulling a plug kills a machine at once and keeps its disk.
+Laws: every name carries the session's, so that sessions never meet; a janitor process takes everything down
+when the session ends in whatever way; pulling a plug kills a machine at once and keeps its disk.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ from tests.appliance.images import CACHE
 
 PREFIX = "mycoapp-"
 BOOT_S = 60.0
-# A default route leads here, to a host that keeps silent: what is not refused on the machine is seen on the switch.
+# A default route leads here, to a host that keeps silent: the switch sees what a machine does not refuse.
 GATEWAY = "10.77.0.254"
 GATEWAY6 = "fd77::254"
 OUTSIDE = "192.0.2.1"
@@ -42,8 +43,8 @@ _ENVIRONMENT = (
     "DEBIAN_FRONTEND=noninteractive",
 )
 # What systemd-nspawn's own filter forbids and a real machine's PID 1 may do.
-_KERNEL_FILTER = "bpf perf_event_open keyctl add_key request_key".split()
-_LANDLOCK = "landlock_create_ruleset landlock_add_rule landlock_restrict_self".split()
+_KERNEL_FILTER = ("bpf", "perf_event_open", "keyctl", "add_key", "request_key")
+_LANDLOCK = ("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Machine:
         hostname: str,
         can_bpf: bool,
         can_landlock: bool,
+        is_read_only: bool,
     ) -> None:
         self.name = name
         self.hostname = hostname
@@ -94,6 +96,7 @@ class Machine:
         self._number = number
         self._lab = lab
         self._layers = layers
+        self._is_read_only = is_read_only
         self._home = lab.home / name
         self._netns = f"{lab.prefix}-{name}"
         self._boots = 0
@@ -130,7 +133,7 @@ class Machine:
             group.mkdir(parents=True, exist_ok=True)
         home = self._home
         overlay = f"lowerdir={':'.join(map(str, self._layers))},upperdir={home}/disk,workdir={home}/work"
-        # In the background of a shell that ends: a machine belongs to its cgroup, not to whoever plugged it in.
+        # In the background of a shell that ends: a machine belongs to its cgroup, not to who plugged it in.
         script = f"""
             set -e
             for group in {" ".join(map(str, groups))}; do echo $$ >$group/cgroup.procs; done
@@ -151,6 +154,7 @@ class Machine:
             "--capability=all",
             *([f"--system-call-filter={' '.join(self._calls)}"] if self._calls else ()),
             "--console=read-only",
+            *(["--volatile=state"] if self._is_read_only else ()),
             "--boot",
         ]
         done = subprocess.run(
@@ -318,8 +322,8 @@ class Machine:
     def captured(self) -> Iterator[Captured]:
         """Collect what the machine sends to the outside meanwhile, as the switch sees it.
 
-        It ends with a packet that root sends unhindered: when the switch has seen that one, it has seen all before
-        it, and it was able to see at all.
+        It ends with a packet that root sends unhindered: when the switch has seen that one, it has seen all
+        before it, and it was able to see at all.
         """
         found = Captured()
         command = ["tcpdump", "-i", f"port{self._number}", "-n", "-l", "-t", "--immediate-mode"]
@@ -377,12 +381,20 @@ class Lab:
         hostname: str | None = None,
         can_bpf: bool = True,
         can_landlock: bool = True,
+        is_read_only: bool = False,
     ) -> Machine:
         """Make a machine with these directories below its disk, the topmost first, and start to boot it."""
         assert name not in self.machines, name
         number = len(self.machines) + 1
         made = Machine(
-            self, name, number, layers, hostname=hostname or name, can_bpf=can_bpf, can_landlock=can_landlock
+            self,
+            name,
+            number,
+            layers,
+            hostname=hostname or name,
+            can_bpf=can_bpf,
+            can_landlock=can_landlock,
+            is_read_only=is_read_only,
         )
         made.create()
         made.plug_in()
@@ -392,7 +404,7 @@ class Lab:
 
 @contextmanager
 def lab() -> Iterator[Lab]:
-    """Give a lab while the context lasts; a janitor takes it down afterwards, whatever happens to this process."""
+    """Give a lab while the context lasts; a janitor takes it down afterwards, whatever happens."""
     (CACHE / "sessions").mkdir(mode=0o700, parents=True, exist_ok=True)
     _sweep_orphans()
     session = f"{os.getpid():x}"
@@ -451,7 +463,7 @@ def _sweep_orphans() -> None:
 
 
 def _cgroup_roots() -> list[Path]:
-    """Return where cgroup2 is mounted, then systemd's named hierarchy where the outer machine is a hybrid one."""
+    """Return where cgroup2 is, then systemd's named hierarchy where the outer machine is a hybrid one."""
     unified: list[Path] = []
     named: list[Path] = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -484,7 +496,7 @@ def _is_populated(group: Path) -> bool:
 def _remove_group(group: Path) -> None:
     for path, _, _ in os.walk(group, topdown=False):
         try:
-            os.rmdir(path)
+            Path(path).rmdir()
         except OSError:  # a process of it is still being reaped
             time.sleep(0.2)
             subprocess.run(["rmdir", path], capture_output=True)
@@ -492,7 +504,7 @@ def _remove_group(group: Path) -> None:
 
 @contextmanager
 def _process(argv: list[str], **pipes: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command with all that it starts; what is left of it is killed (nsenter alone would leave its child)."""
+    """Run a command with all that it starts; what is left is killed (nsenter alone would leave its child)."""
     with subprocess.Popen(argv, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
         try:
             yield process

@@ -1,4 +1,4 @@
-"""A machine with the package on it: installing, `mycoswarmctl`, a fake engine beside the node, a swarm of them."""
+"""A machine with the package on it: installing, `mycoswarmctl`, a fake engine beside the node, a swarm."""
 
 import json
 import re

@@ -1,8 +1,8 @@
 """What no unit of the appliance can reach: asked of the kernel, and seen from outside the machine.
 
-For each unit a program runs under that unit's own directives, all but what starts the real program, on a machine
-with a route to the outside. The switch sees whether anything leaves. The control is the same unit with its
-network directives taken away: then the packet is there.
+For each unit a program runs under that unit's own directives, all but what starts the real program, on a
+machine with a route to the outside. The switch sees what leaves. The control is the same unit with
+its network directives taken away: then the packet is there.
 """
 
 import json

@@ -22,7 +22,17 @@ from tests.appliance.nodes import (
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.parametrize("suite", SUITES)]
 Fresh = dict[str, tuple[Machine, str]]
-NOTHING_IS_ALLOWED = 'schema = 1\nname = "shut"\n\n[[rule]]\nid = "owner"\nwhy = "the owner looks"\neffect = "allow"\naction = ["admin"]\norigin = ["owner"]\n'
+NOTHING_IS_ALLOWED = """
+schema = 1
+name = "shut"
+
+[[rule]]
+id = "owner"
+why = "the owner looks"
+effect = "allow"
+action = ["admin"]
+origin = ["owner"]
+"""
 HALF = 'schema = 1\nname = "half"\n\n[[rule]]\nid = "own'
 EDIT = "\n# a line of mine\n"
 

@@ -1,4 +1,4 @@
-"""Three installed nodes as a swarm: enrolling over multicast, asking across machines, caged tasks, putting one out."""
+"""Three installed nodes as a swarm: enrolled by multicast, asked across machines, tasks, one put out."""
 
 import pytest
 
