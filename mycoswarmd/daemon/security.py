@@ -126,7 +126,7 @@ class Security:
         self._cages = cages
         self._clock = clock
         self.signer: PatientSigner | None = None
-        self._asked_at_s = float("-inf")
+        self._asked_at_s = self._asked_signer_at_s = float("-inf")
         self._proofs: dict[Unit, Proof] = {}
         self._unheard: dict[Unit, str] = {}
         self._said: dict[Unit, tuple[str, ...]] = {}
@@ -197,8 +197,10 @@ class Security:
 
     async def _ask_signer(self) -> None:
         """Ask the signer's unit, which that starts: only when a person wants to know."""
-        if self.signer is None:
+        now_s = self._clock.monotonic_s()
+        if self.signer is None or now_s - self._asked_signer_at_s < _FRESH_S:
             return
+        self._asked_signer_at_s = now_s
         try:
             self.note(await asyncio.to_thread(self.signer.prove))
         except MycoswarmError as exc:
@@ -222,7 +224,7 @@ class Security:
         """Return every proof, those of units that can be asked anew; a node without units has none."""
         if self._clock.monotonic_s() - self._asked_at_s > _FRESH_S:
             await self._ask()
-            await self._ask_signer()
+        await self._ask_signer()
         units = _UNITS if self._settings.appliance else ()
         return {
             "appliance": self._settings.appliance,
