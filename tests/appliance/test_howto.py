@@ -105,7 +105,7 @@ def test_a_prepared_disk_joins_the_swarm_at_its_first_start(
     appliance_lab: Lab, images: Images, swarm: Swarm
 ) -> None:
     code = str(ctl_json(swarm.one, "invite", "--name", "imaged", "--ttl", "24h", "--no-wait")["code"])
-    machine = appliance_lab.machine("prepared", *images.node_trixie)
+    machine = appliance_lab.machine("prepared", *images.node_bookworm)
     machine.wait_booted()
     machine.write("/etc/credstore/mycoswarm.enroll", f"{code}\n", mode=0o600)
     machine.write("/etc/systemd/system/mycoswarm-enroll.service", block("imaging", "ini"))
@@ -123,3 +123,23 @@ def test_a_prepared_disk_joins_the_swarm_at_its_first_start(
     wait_ready(machine)
     assert machine.run("systemctl", "is-failed", "mycoswarm-enroll", check=False).out.strip() == "inactive"
     machine.pull_plug()
+
+
+def test_a_backup_comes_back_as_the_page_says(patient: Machine) -> None:
+    ctl(patient, "init", "--name", "den", "--yes-i-wrote-it-down")
+    before = ctl_json(patient, "nodes")["nodes"]
+    ctl(patient, "backup", "/root/study-pc.tar")
+    page = (HOWTO / "backup.md").read_text()
+    (commands,) = (
+        block
+        for block in re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        if "systemctl stop" in block
+    )
+    patient.run("systemctl", "stop", "ollama", check=False)
+    patient.sh("set -e\n" + commands.replace("sudo ", "").replace("/mnt/usb/", "/root/"), timeout_s=90)
+    wait_ready(patient)
+    after = ctl_json(patient, "nodes")["nodes"]
+    assert [(row["id"], row["name"]) for row in after] == [(row["id"], row["name"]) for row in before]
+    # It still is a signer, and can write what it has to.
+    assert ctl_json(patient, "invite", "--no-wait")["code"]
+    ctl(patient, "audit", "verify")
