@@ -56,9 +56,10 @@ class Survey:
 
 def survey(body: Mapping[str, object]) -> Survey:
     """Run the probes that a CONFINE frame demands of the cage's maker alone, as `unit:NAME`."""
-    demanded, expect = body.get("before"), body["expect"]
+    demanded = body.get("before")
     if demanded is None:
         return Survey()
+    expect = body["expect"]
     assert isinstance(demanded, list)
     assert isinstance(expect, dict)
     held: list[str] = []

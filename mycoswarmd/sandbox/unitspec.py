@@ -143,7 +143,7 @@ def _before(host: Host) -> tuple[str, ...]:
         "no-shared-ipc", "processes", "devices", "umask", "session", "clone-namespace", "setuid-file",
         "personality", "code-from-data", "dies-with-node",
         *(("foreign-calls",) if host.machine == "x86_64" else ()),
-        *(f"namespace={kind}" for kind in UNIT_NAMESPACES if host.namespaces[kind]),
+        *(f"namespace={kind}" for kind in UNIT_NAMESPACES if host.namespaces.get(kind)),
         *(f"mount={path}" for path in ("/", "/usr", WORKSPACE, TEMPORARY)),
         *(f"size={path}" for path in UNIT_BYTES),
         *(f"maps-no-code={path}" for path in UNIT_BYTES),

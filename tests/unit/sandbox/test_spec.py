@@ -1,12 +1,15 @@
 """Operations, steps and probes: golden, and the laws that a golden copy would not explain."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import pytest
 
 from mycoswarmd.agent import confine, prove
 from mycoswarmd.core.types import Limits
 from mycoswarmd.errors import CageError
+from mycoswarmd.sandbox import unitspec
 from mycoswarmd.sandbox.landlock import DEVICES
 from mycoswarmd.sandbox.spec import absent, confinement, operations, probes, rlimits
 from tests.unit.sandbox.hosts import LS, PYTHON, WHO, make_host, make_spec
@@ -109,8 +112,38 @@ def test_the_agent_knows_every_probe_that_is_demanded() -> None:
 
 
 def test_every_probe_of_the_agent_is_demanded_of_a_young_kernel() -> None:
-    demanded = {name.partition("=")[0] for name in probes(make_spec(), make_host())}
-    assert demanded == {*prove.PROBES, *prove.FAMILIES_OF_PROBES}
+    of_unit = unitspec.confinement(make_spec(), make_host())
+    lists = [of_unit[key] for key in ("before", "probes", "wanted")]
+    assert all(isinstance(names, list) for names in lists)
+    everything = [
+        *probes(make_spec(), make_host()),
+        *(name for names in lists for name in cast("list[str]", names)),
+    ]
+    assert {name.partition("=")[0] for name in everything} == {*prove.PROBES, *prove.FAMILIES_OF_PROBES}
+
+
+def test_a_unit_is_asked_before_the_agent_adds_anything_and_never_for_more_than_it_can_hold() -> None:
+    body = unitspec.confinement(make_spec(limits=Limits(disk_bytes=1 << 20)), make_host())
+    steps = [step["do"] for step in steps_of(body)]
+    assert not {"remount", "drop-capabilities"} & set(steps)
+    assert steps[:2] == ["adopt", "quiet"]
+    assert steps[-1] == "seccomp"
+    expect = body["expect"]
+    assert isinstance(expect, dict)
+    # The unit's own bound is demanded, the task's only wanted.
+    assert expect["sizes"]["/workspace"] == 256 << 20
+    assert expect["quotas"]["/workspace"] == 1 << 20
+    assert body["wanted"] == ["disk-quota"]
+    larger = unitspec.confinement(make_spec(limits=Limits(disk_bytes=1 << 30)), make_host())
+    assert cast("dict[str, dict[str, int]]", larger["expect"])["sizes"]["/workspace"] == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("abi", "missing"),
+    [(0, {"landlock", "landlock-refer", "landlock-truncate"}), (2, {"landlock-truncate"}), (3, set())],
+)
+def test_a_unit_lacks_only_what_it_has_by_no_other_means(abi: int, missing: set[str]) -> None:
+    assert set(unitspec.absent(replace(make_host(), landlock_abi=abi))) == missing
 
 
 def test_the_agent_knows_every_step_and_access() -> None:
