@@ -33,13 +33,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--policy", type=Path, metavar="FILE", help="policy; default /etc/mycoswarm/policy.toml"
     )
     both.add_argument("--listen", metavar="HOST:PORT", help="loopback address for programs with an API key")
+    both.add_argument(
+        "--appliance", action="store_true", help="be what mycoswarmd.service runs, inside systemd's units"
+    )
     run = commands.add_parser("run", help=_RUN, description=_RUN, parents=[both], allow_abbrev=False)
     run.add_argument("--no-listen", action="store_true", help="serve on the unix socket only")
     run.add_argument(
         "--swarm-listen", metavar="HOST:PORT", help="address for the swarm; default [::]:7437; or none"
-    )
-    run.add_argument(
-        "--appliance", action="store_true", help="run inside systemd's units, as mycoswarmd.service does"
     )
     # For tests: where the sockets of the units are, in place of /run.
     run.add_argument("--outposts", type=Path, help=argparse.SUPPRESS)
@@ -72,7 +72,13 @@ def _carry_out(given: argparse.Namespace) -> None:
         return
     serve = importlib.import_module("mycoswarmd.daemon.serve")
     if given.command == "check":
-        text = serve.check(state=given.state, config=given.config, policy=given.policy, listen=given.listen)
+        text = serve.check(
+            state=given.state,
+            config=given.config,
+            policy=given.policy,
+            listen=given.listen,
+            appliance=given.appliance,
+        )
         print(text)
         return
     serve.run_forever(

@@ -133,9 +133,17 @@ async def _reload_on(reload: asyncio.Event, node: Running, manager: Manager) -> 
         manager.ready(_standing(node))
 
 
-def check(*, state: Path | None, config: Path | None, policy: Path | None, listen: str | None) -> str:
+def check(
+    *,
+    state: Path | None,
+    config: Path | None,
+    policy: Path | None,
+    listen: str | None,
+    appliance: bool = False,
+) -> str:
     """Load settings and policy as `run` would and describe them."""
-    settings = load_settings(Options(state=state, config=config, policy=policy, listen=listen))
+    options = Options(state=state, config=config, policy=policy, listen=listen, appliance=appliance)
+    settings = load_settings(options)
     listening = f"http://{settings.listen[0]}:{settings.listen[1]}" if settings.listen else "unix socket only"
     if settings.policy_file.exists():
         checked = load_policy(settings.policy_file)
@@ -148,6 +156,7 @@ def check(*, state: Path | None, config: Path | None, policy: Path | None, liste
             f"socket   {settings.socket_path}",
             f"listen   {listening}",
             f"models   {settings.models_dir}",
+            f"cages    {settings.cages.value}",
             f"engines  {', '.join(e.name for e in settings.engines) or 'the embedded one only'}",
             f"policy   {settings.policy_file}: {said}",
         )

@@ -30,6 +30,7 @@ TABLE = {
     "POST /v1/chat/completions": "o u k n s p",
     "POST /v1/completions": "o u k n s p",
     "POST /v1/embeddings": "o u k n s p",
+    "GET /v1/security": "o u p",
     "GET /api/status": "o u p",
     "GET /api/models": "o u p",
     "GET /api/doctor": "o p",
