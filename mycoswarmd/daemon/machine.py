@@ -138,6 +138,9 @@ class NodeMachine:
         problems = [f"the roster: {problem}" for problem in roster.problems]
         if not self._swarm.is_member():
             problems.append("this node was put out of its swarm: mycoswarmctl leave, then enroll again")
+        me = self._swarm.member(self._swarm.self_id or "")
+        if me is not None and me.is_signer and not self._swarm.is_signer():
+            problems.append("this node is a signer whose key is out of reach: nothing is signed here")
         if membership.problem:
             problems.append(f"the swarm cannot reach this node: {membership.problem}")
         if membership.discovery is not None and membership.discovery.state == "down":

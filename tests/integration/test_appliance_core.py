@@ -275,6 +275,9 @@ def test_without_the_signers_unit_no_swarm_begins_and_the_node_goes_on(tmp_path:
         with signer(core):
             assert core.call("POST", "/api/swarm/init", swarm).status == 201
             core.stop()
+        core.start()  # with a socket at which nobody listens any more
+        assert any("this node is a signer whose key is out of reach" in one for one in problems_of(core))
+        core.stop()
         # Started while the unit is broken: it says so, and answers.
         with accepting(core.outposts / "broken", ("/bin/false",)):
             (core.outposts / "mycoswarm-signer.sock").unlink()
