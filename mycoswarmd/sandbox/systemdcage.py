@@ -105,11 +105,12 @@ class SystemdCages:
             group_roots=self._group_roots,
         )
         await session.prove(confine, is_sent=True)
-        await self._settle(session)
-        if self._keep_spare and self._spare is None:
-            with suppress(CageError):  # whoever opens the next one is told
-                self._spare = await self._connect()
-                self._spare_until_s = asyncio.get_running_loop().time() + SPARE_S
+        try:
+            await self._settle(session)
+            await self._build_spare()
+        except BaseException:
+            await session.close()
+            raise
         return session
 
     def close(self) -> None:
@@ -118,13 +119,23 @@ class SystemdCages:
             self._spare.close()
             self._spare = None
 
+    async def _build_spare(self) -> None:
+        if self._keep_spare and self._spare is None:
+            with suppress(CageError):  # whoever opens the next one is told
+                spare = await self._connect()
+                self.close()  # somebody else may have been as quick
+                self._spare = spare
+                self._spare_until_s = asyncio.get_running_loop().time() + SPARE_S
+
     def _take_spare(self) -> socket.socket | None:
         """Return a connection whose unit waits already for its first frame: each is taken once."""
         near, self._spare = self._spare, None
         if near is None:
             return None
         # One that says anything before it was asked has ended, or is not what it should be.
-        is_silent = not select.select([near], [], [], 0)[0]
+        poll = select.poll()  # descriptors of a busy node are too high for select
+        poll.register(near, select.POLLIN)
+        is_silent = not poll.poll(0)
         if is_silent and asyncio.get_running_loop().time() < self._spare_until_s:
             return near
         near.close()
