@@ -144,7 +144,8 @@ class Node:
         self.discovery = Discovery(self._start, self._on_hint, clock=SystemClock(), silence_s=silence_s)
 
     async def _start(self) -> Outpost:
-        # One after the other: this thread can be on one machine at a time, and leaves it for where it came from.
+        # One after the other: this thread can be on one machine at a time, and leaves it for where it came
+        # from.
         async with self._starting:
             with self.machine.inside():
                 return await start_outpost(MODULE, line_bytes=LINE_BYTES)
