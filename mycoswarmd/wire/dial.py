@@ -4,7 +4,8 @@ Laws:
 
 1. The dialer decides by itself what may be dialled: numeric addresses of a home network, in the one spelling
    that `ipaddress` gives them, and loopback only for engines. What it cannot read, it refuses.
-2. 169.254.0.0/16 is not a home network here: it is where clouds keep the keys of their machines.
+2. 169.254.0.0/16 is not a home network here: it is where clouds keep the keys of their machines. The addresses
+   in IPv6 at which they keep them lie in networks that are, and are refused one by one.
 3. An IPv4 address in IPv6 clothes is refused, not undressed: no rule then has to be written twice.
 4. A yes to `connect` and `listen` comes with exactly one descriptor; anything else comes with none.
 
@@ -41,6 +42,10 @@ _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%A-Za-z_-]{2,64})\]|([0-9.]{7,15})):([
 _LAN = tuple(
     ipaddress.ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7", "fe80::/10")
+)
+# Where clouds keep the keys of their machines: Amazon's, Google's, OpenStack's (on any interface).
+_METADATA = frozenset(
+    ipaddress.ip_address(text) for text in ("fd00:ec2::254", "fd20:ce::254", "fe80::a9fe:a9fe")
 )
 
 
@@ -180,6 +185,8 @@ def clean_host(untrusted: str) -> str | None:
 def is_lan(host: str) -> bool:
     """Tell whether a clean address is of a home network: private, unique local or IPv6 link-local."""
     address = ipaddress.ip_address(host.partition("%")[0])
+    if address in _METADATA:
+        return False
     return any(address in network for network in _LAN if network.version == address.version)
 
 

@@ -119,12 +119,18 @@ LAN = (
     "172.31.255.1",
     "192.168.178.20",
     "fd00::1",
+    "fd00:ec2::253",
     "fe80::1%eth0",
+    "fe80::a9fe:a9ff%eth0",
 )
 NOT_LAN = {
     "public": "8.8.8.8",
     "public IPv6": "2001:4860:4860::8888",
     "the clouds' keys": "169.254.169.254",
+    "the keys of Amazon's": "fd00:ec2::254",
+    "the keys of Google's": "fd20:ce::254",
+    "the keys of OpenStack's": "fe80::a9fe:a9fe%eth0",
+    "the same by another interface": "fe80::a9fe:a9fe%br0",
     "link-local IPv4": "169.254.3.4",
     "multicast": "224.0.0.251",
     "multicast IPv6": "ff02::fb",
@@ -191,6 +197,7 @@ def test_one_address_has_one_spelling(host: str) -> None:
         ("::1", 7436, False),
         ("127.0.0.2", 7436, False),
         ("169.254.1.1", 7437, False),
+        ("fd00:ec2::254", 7437, False),
     ],
 )
 def test_where_one_may_listen(host: str, port: int, *, is_allowed: bool) -> None:
