@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mycoswarmd.engines.address import Address
 from mycoswarmd.engines.modelsdir import ModelFile
-from mycoswarmd.engines.upstream import Patience, Upstream
+from mycoswarmd.engines.upstream import USURPED, Patience, Upstream
 from mycoswarmd.errors import CageError, ConfigError, EngineError, MycoswarmError, Unavailable
 from mycoswarmd.flow.ports import EngineProcess, EngineStarter, EngineUnitStarter
 from mycoswarmd.wire.engineunit import ENVIRONMENT, Serving, child_argv
@@ -75,7 +75,11 @@ async def running(
     log_path = options.runtime_dir / f"engine-{name}.log"
     process, socket = await _start(file, options, directory, log_path)
     upstream = Upstream(
-        name, Address(base_url="http://engine", socket_path=str(socket)), patience=options.patience
+        name,
+        Address(base_url="http://engine", socket_path=str(socket)),
+        patience=options.patience,
+        # The directory of a child's socket is the node's own; that of units is theirs together.
+        listener_pid=process.pid if options.units is not None else None,
     )
     child = LlamaChild(
         file=file,
@@ -184,7 +188,11 @@ async def _wait_until_loaded(child: LlamaChild, log_path: Path) -> None:
 async def _is_healthy(child: LlamaChild) -> bool:
     try:
         status, _ = await child.upstream.fetch("/health")
-    except (Unavailable, EngineError):
+    except EngineError:
+        return False
+    except Unavailable as exc:
+        if exc.code == USURPED:  # no model's fault, and nothing to wait for
+            raise CageError(exc.code, exc.message, hint=exc.hint) from exc
         return False
     return status == 200
 

@@ -3,11 +3,15 @@
 Rule: bytes go to the one place that was given, whatever an answer, the environment or a model's name
 says. Everything that comes back is bounded in size and in time, and every way in which it can fail
 is one of our errors. Closing a stream, or cancelling, closes the connection: that is what tells an
-engine to stop.
+engine to stop. Where an engine's directory is another's to write, who listens there is looked at first.
+
+Source: unix(7), SO_PEERCRED.
 """
 
 import asyncio
 import io
+import socket
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -55,7 +59,11 @@ _PLAIN_BODY_BYTES = 1 << 20
 _KEEPALIVE_S = 4.0
 # The end of the body follows [DONE] at once; waiting for it lets the connection be used again.
 _END_S = 0.25
+# From unix(7): the process that called listen(), its user and its group.
+_CREDENTIALS = struct.Struct("3i")
 _JSON = {"Content-Type": "application/json"}
+# Of the error for an engine in whose place somebody else listens.
+USURPED = "engine-usurped"
 # What aiohttp raises when the other side breaks off or speaks no HTTP.
 BROKEN = (aiohttp.ClientError, HttpProcessingError, OSError, UnicodeError)
 
@@ -82,6 +90,40 @@ class Patience:
 def as_payload(body: bytes | None) -> bytes | io.BytesIO | None:
     """Wrap a large body so that it is sent in pieces between which others have their turn."""
     return io.BytesIO(body) if body is not None and len(body) > _PLAIN_BODY_BYTES else body
+
+
+class StrangerError(ConnectionError):
+    """Another process than the engine's listens on its socket."""
+
+
+class _Doorstep:
+    """Connects to a unix socket and looks who listens there: a `Dial` to that one place.
+
+    Every engine's unit may write where the sockets of all are; a bad one could put its own in a neighbour's
+    place, or a link to a socket of the node's.
+    """
+
+    def __init__(self, path: str, listener_pid: int) -> None:
+        self._path = path
+        self._listener_pid = listener_pid
+
+    async def __call__(self, _host: str, _port: int, within_s: float) -> socket.socket:
+        """Return a connection to the one process, or raise StrangerError before a byte is sent."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(0)
+            async with asyncio.timeout(within_s):
+                await asyncio.get_running_loop().sock_connect(sock, self._path)
+            self._look(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _look(self, sock: socket.socket) -> None:
+        found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(found)[0] != self._listener_pid:
+            raise StrangerError
 
 
 class Exchange(ABC):
@@ -247,14 +289,24 @@ class Exchange(ABC):
 
 
 class Upstream(Exchange):
-    """A client of one engine's server on this machine; works only inside `async with upstream.opened()`."""
+    """A client of one engine's server on this machine; works only inside `async with upstream.opened()`.
+
+    With `listener_pid`, only that process is spoken to at the address, which is a unix socket's.
+    """
 
     def __init__(
-        self, engine: str, address: Address, *, patience: Patience | None = None, dial: Dial | None = None
+        self,
+        engine: str,
+        address: Address,
+        *,
+        patience: Patience | None = None,
+        dial: Dial | None = None,
+        listener_pid: int | None = None,
     ) -> None:
         super().__init__(engine, patience=patience)
         self._address = address
         self._dial = dial
+        self._listener_pid = listener_pid
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
@@ -276,8 +328,13 @@ class Upstream(Exchange):
                 self._session = None
 
     def _connector(self) -> aiohttp.BaseConnector:
-        if self._address.socket_path is not None:
-            return aiohttp.UnixConnector(self._address.socket_path, limit=0, keepalive_timeout=_KEEPALIVE_S)
+        path = self._address.socket_path
+        if path is not None and self._listener_pid is not None:
+            return DialledConnector(
+                _Doorstep(path, self._listener_pid), "", 0, limit=0, keepalive_timeout=_KEEPALIVE_S
+            )
+        if path is not None:
+            return aiohttp.UnixConnector(path, limit=0, keepalive_timeout=_KEEPALIVE_S)
         if self._dial is None:
             return aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
         url = urlsplit(self._address.base_url)
@@ -290,7 +347,7 @@ class Upstream(Exchange):
         try:
             return await self._send_once(path, body)
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
-            raise self._down(_why(exc)) from exc
+            raise self._unreachable(exc) from exc
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             # llama.cpp's server closes a connection after a stream without saying so beforehand; a prompt
             # that met such an end was not read. Nothing came back yet, so asking again repeats nothing.
@@ -300,7 +357,7 @@ class Upstream(Exchange):
         try:
             return await self._send_once(path, body)
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as exc:
-            raise self._down(f"{_why(exc)} any more") from exc
+            raise self._unreachable(exc, " any more") from exc
         except BROKEN as exc:
             raise self._failed("it closed the connection") from exc
 
@@ -314,6 +371,15 @@ class Upstream(Exchange):
             headers=_JSON if body is not None else None,
             allow_redirects=False,
         )
+
+    def _unreachable(self, exc: Exception, since: str = "") -> Unavailable:
+        if isinstance(exc, aiohttp.ClientConnectorError) and isinstance(exc.os_error, StrangerError):
+            return Unavailable(
+                USURPED,
+                f"cannot trust engine {self._engine!r}: another process listens on its socket",
+                hint="a model file may have taken over its engine: remove the newest, restart mycoswarmd",
+            )
+        return self._down(_why(exc) + since)
 
     def _down(self, cause: str) -> Unavailable:
         return Unavailable(

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from mycoswarmd.daemon.clock import SystemClock
+from mycoswarmd.engines import llamaproc, upstream
 from mycoswarmd.engines.llamacpp import ManagedLlama
-from mycoswarmd.errors import CageError, ConfigError, EngineError, NotFound
+from mycoswarmd.engines.modelsdir import ModelFile
+from mycoswarmd.errors import CageError, ConfigError, EngineError, MycoswarmError, NotFound
 from mycoswarmd.sandbox import engineunit
 from mycoswarmd.sandbox.engineunit import EngineUnits
 from mycoswarmd.sandbox.process import start_engine
@@ -388,6 +390,54 @@ async def test_a_unit_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Mo
         async with manager(top / "m", program=["/bin/sleep", "60"]):
             with pytest.raises(CageError, match="said nothing for"):
                 await units(top)(engine=ENGINE, model="a.gguf", serving=SERVING, log_path=top / "log")
+
+
+# Listens in a process that is not the one of which the unit speaks, and answers all that is asked first.
+USURPER = """
+import http.server, os, socketserver, types
+class CommonParams:
+    def __init__(self):
+        self.model, self.cpuparams, self.cpuparams_batch = (types.SimpleNamespace() for _ in range(3))
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        open(self.server.server_address + ".heard", "a").close()
+    def log_message(self, *words): pass
+class Server:
+    def __init__(self, params):
+        if os.fork():
+            os.wait()
+        socketserver.UnixStreamServer(params.hostnames[0], Healthy).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("is_looked_at", [False, True])
+async def test_who_listens_instead_of_the_units_engine_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, is_looked_at: bool
+) -> None:
+    if not is_looked_at:
+        monkeypatch.setattr(upstream._Doorstep, "_look", lambda _self, _sock: None)
+    with places() as top:
+        (top / "engine" / ENGINE / "xllamacpp" / "__init__.py").write_text(USURPER)
+        file = ModelFile(name="a", path=top / "models" / "a.gguf", size_bytes=7, changed_at_ns=0, facts=None)
+        options = llamaproc.LlamaOptions(
+            engine_dir=top / "engine" / ENGINE,
+            runtime_dir=top / "run",
+            starter=start_engine,
+            units=units(top),
+            context_tokens=512,
+            parallel=1,
+            threads=1,
+            patience=upstream.Patience(),
+        )
+        async with manager(top / "m", *arguments(top)), asyncio.TaskGroup() as group:
+            with pytest.raises(MycoswarmError) as caught:
+                async with llamaproc.running("e", file, options, group=group, poke=asyncio.Event()):
+                    pass
+        # Without the look, it is healthy, and fails only where it has no answer to a prompt.
+        assert caught.value.code == (upstream.USURPED if is_looked_at else "engine-failed")
+        assert bool(list((top / "sockets").glob("*.heard"))) is not is_looked_at
 
 
 # --- for real --------------------------------------------------------------------------------------
