@@ -4,8 +4,8 @@ Laws:
 
 1. The dialer decides by itself what may be dialled: numeric addresses of a home network, in the one spelling
    that `ipaddress` gives them, and loopback only for engines. What it cannot read, it refuses.
-2. 169.254.0.0/16 is not a home network here: it is where clouds keep the keys of their machines. The addresses
-   in IPv6 at which they keep them lie in networks that are, and are refused one by one.
+2. 169.254.0.0/16 is not a home network here: it is where clouds keep the keys of their machines. Their
+   addresses for that in IPv6 lie in networks that are, and are refused one by one.
 3. An IPv4 address in IPv6 clothes is refused, not undressed: no rule then has to be written twice.
 4. A yes to `connect` and `listen` comes with exactly one descriptor; anything else comes with none.
 
