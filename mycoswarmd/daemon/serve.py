@@ -17,6 +17,7 @@ from mycoswarmd.daemon.policyfile import load_policy
 from mycoswarmd.daemon.settings import Options, Settings, load_settings
 from mycoswarmd.daemon.wiring import Running, running_node
 from mycoswarmd.errors import ConfigError, MycoswarmError
+from mycoswarmd.outposts.notcp import forbid_tcp
 
 log = logging.getLogger("mycoswarmd")
 
@@ -62,12 +63,13 @@ def run_forever(
             outposts=outposts,
         )
     )
-    api_socket = None
+    api_socket, is_held = None, False
     if appliance:
+        is_held = forbid_tcp()  # before the first thread
         api_socket = take_api_socket()
         settings = replace(settings, runtime_dir=Path(api_socket.getsockname()).parent)
     try:
-        asyncio.run(_serve(settings, api_socket))
+        asyncio.run(_serve(settings, api_socket, is_held=is_held))
     except ExceptionGroup as group:
         deliberate = group.subgroup(MycoswarmError)
         if deliberate is None:
@@ -83,7 +85,7 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _serve(settings: Settings, api_socket: socket.socket | None) -> None:
+async def _serve(settings: Settings, api_socket: socket.socket | None, *, is_held: bool) -> None:
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -95,7 +97,7 @@ async def _serve(settings: Settings, api_socket: socket.socket | None) -> None:
             manager.watch(), name="watchdog"
         )  # from now on: starting may take long, too
         async with running_node(settings, api_socket) as node:
-            _say_ready(settings, node)
+            _say_ready(settings, node, is_held=is_held)
             manager.ready(_standing(node))
             reloader = group.create_task(_reload_on(reload, node, manager), name="reload")
             await stop.wait()
@@ -105,12 +107,19 @@ async def _serve(settings: Settings, api_socket: socket.socket | None) -> None:
         watch.cancel()
 
 
-def _say_ready(settings: Settings, node: Running) -> None:
+def _say_ready(settings: Settings, node: Running, *, is_held: bool) -> None:
     if not settings.appliance:
         log.info("ready: unix:%s", settings.socket_path, extra={"event": "ready"})
         if settings.listen is not None:
             log.info("ready: http://%s:%d/v1 (API key needed)", *settings.listen)
         return
+    if is_held:
+        log.info("a socket from the LAN dialer stays where it points")
+    else:
+        log.warning(
+            "a node that is taken over could point a socket from the LAN dialer at any address that the"
+            " kernel's filter allows: this kernel's Landlock does not know TCP (Linux 6.7)"
+        )
     log.info("listening on %s; %s", settings.socket_path, _standing(node), extra={"event": "ready"})
 
 

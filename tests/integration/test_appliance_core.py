@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mycoswarmd.sandbox.host import landlock_abi
 from tests.cores import Core, accepting, appliance
 from tests.dialers import ip, network
 from tests.nodes import UnixConnection, free_port, write_private
@@ -145,6 +146,15 @@ def test_a_prompt_reaches_an_engine_on_loopback_through_the_dialer_alone(
         finally:
             dialer.kill()
             core.close()
+
+
+def test_what_it_is_given_stays_where_the_dialer_pointed_it(tmp_path: Path) -> None:
+    # What this stands for is tried by force in tests/unit/outposts/test_notcp.py.
+    with appliance(tmp_path) as core:
+        if landlock_abi() >= 4:
+            assert "a socket from the LAN dialer stays where it points" in core.log()
+        else:
+            assert "does not know TCP" in core.log()
 
 
 def test_an_engine_that_the_settings_do_not_declare_is_not_dialled(tmp_path: Path, engine: Upstream) -> None:
