@@ -29,7 +29,7 @@ UNGUARDED = (
     "-c",
     (
         "import sys; from mycoswarmd.outposts import lan; "
-        "lan.objection = lambda *_: None; lan._look_at = lambda *_: None; sys.exit(lan.main(sys.argv[1:]))"
+        "lan.objection = lan._look_at = lan._check_far = lambda *_: None; sys.exit(lan.main(sys.argv[1:]))"
     ),
 )
 # As RestrictAddressFamilies= of its unit: sockets of the internet families and no other, not even unix ones.

@@ -79,6 +79,7 @@ _CODES = {
     errno.EAGAIN: Code.BUSY,
     errno.EADDRNOTAVAIL: Code.UNREACHABLE,
 }
+_OWN = "that address is this machine's own"
 log = logging.getLogger("mycoswarmd.lan")
 
 
@@ -203,6 +204,8 @@ async def _connect(request: Connect, line: socket.socket) -> socket.socket:
     sock = _new_socket(request.host)
     try:
         address = _socket_address(sock, request.host, request.port)
+        if request.host != LOOPBACK:
+            _check_far(sock, (address[0], 0, *address[2:]))
         async with asyncio.timeout(request.within_ms / 1000) as deadline:
 
             def leave() -> None:
@@ -222,14 +225,36 @@ async def _connect(request: Connect, line: socket.socket) -> socket.socket:
     return sock
 
 
+def _check_far(like: socket.socket, address: tuple[str | int, ...]) -> None:
+    """Refuse an address of this machine before anything is sent: what can be bound is one.
+
+    Programs that listen on every address would be within reach, though no setting declares them. The route
+    does not tell: it has the machine's first address of a network as the source, also to its second.
+    Where any address can be bound (the setting ip_nonlocal_bind), only `_look_at` is left.
+    """
+    nobodys = "2001:db8::1" if like.family == socket.AF_INET6 else "192.0.2.1"  # of examples
+    if _can_bind(like.family, address) and not _can_bind(like.family, (nobodys, 0)):
+        raise PermissionError(errno.EACCES, _OWN)
+
+
+def _can_bind(family: int, address: tuple[str | int, ...]) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(address)
+        except OSError as exc:
+            if exc.errno == errno.EADDRNOTAVAIL:
+                return False
+            raise  # no descriptors, or a filter: whoever cannot look does not connect
+    return True
+
+
 def _look_at(sock: socket.socket, request: Connect) -> None:
     """Refuse a connection that ends on this machine where that was not asked for."""
     own, other = sock.getsockname(), sock.getpeername()
     if own == other:  # TCP can meet itself where nobody listens
         raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody listens there")
     if own[0] == other[0] and request.host != LOOPBACK:
-        # Programs that listen on every address would be within reach, though no setting declares them.
-        raise PermissionError(errno.EACCES, "that address is this machine's own")
+        raise PermissionError(errno.EACCES, _OWN)  # it became one in between
 
 
 def _listen(request: Listen) -> socket.socket:

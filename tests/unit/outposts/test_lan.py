@@ -157,9 +157,63 @@ def test_what_must_not_be_dialled_is_not(tmp_path: Path) -> None:
             data, fds = ask(dialer.path, connect("127.0.0.1", 7437))
             assert (json.loads(data), len(fds)) == ({"ok": True}, 1)
             os.close(fds[0])
-        # The one that works, and the one that the dialer could judge only when it stood.
-        assert [_accepted(listeners[0]) for _ in range(3)] == [True, True, False]
+        # The one that works, and no other: nothing was sent to any.
+        assert [_accepted(listeners[0]) for _ in range(2)] == [True, False]
         assert not _accepted(listeners[1])
+
+
+# Each address of this machine, as it may come to have them.
+OWN = {
+    "first": "10.77.0.1",
+    "second of the same network": "10.77.0.2",
+    "of another network": "192.168.9.1",
+    "of another interface": "172.16.5.1",
+    "IPv6": "fd77::1",
+    "second IPv6": "fd77::2",
+    "link-local": "fe80::1%lan0",
+}
+# The dialer as it was: it looks only at the two ends of what it made.
+_LATER = """
+import sys
+from mycoswarmd.outposts import lan
+lan._check_far = lambda *_: None
+sys.exit(lan.main(sys.argv[1:]))
+"""
+LOOKS_LATER = ["-c", _LATER]
+
+
+@needs_root
+def test_no_address_of_this_machine_is_dialled(tmp_path: Path) -> None:
+    """Its services listen on all of them, and no setting declares them."""
+    with network("lanown") as here, ExitStack() as stack:
+        ip("-n", here, "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
+        for name in ("lan0", "lan1"):
+            ip("-n", here, "link", "set", name, "up")
+        for address in ("10.77.0.1/24", "10.77.0.2/24", "192.168.9.1/24"):
+            ip("-n", here, "addr", "add", address, "dev", "lan0")
+        ip("-n", here, "addr", "add", "172.16.5.1/24", "dev", "lan1")
+        for address in ("fd77::1/64", "fd77::2/64", "fe80::1/64"):
+            ip("-n", here, "addr", "add", address, "dev", "lan0", "nodad")
+        service = inside(here, lambda: stack.enter_context(_everywhere(6379)))
+        with lan_dialer(tmp_path, namespace=here, program=LOOKS_LATER) as weak:
+            data, fds = ask(weak.path, connect("10.77.0.2", 6379))
+            assert (json.loads(data), len(fds)) == ({"ok": True}, 1)  # the attack
+            os.close(fds[0])
+            while _accepted(service):
+                pass
+        with lan_dialer(tmp_path, namespace=here) as dialer:
+            for host in OWN.values():
+                answer = said(dialer.path, connect(host, 6379))
+                assert (answer["code"], answer["detail"]) == (
+                    "denied",
+                    "that address is this machine's own",
+                ), host
+            assert not _accepted(service)  # not even a greeting
+            # Where every address can be bound, the others are still reached, and the first still is not.
+            setting = ["sysctl", "-qw", "net.ipv4.ip_nonlocal_bind=1"]
+            subprocess.run(["ip", "netns", "exec", here, *setting], check=True)
+            assert said(dialer.path, connect("10.77.0.9", 6379, 50))["code"] != "denied"
+            assert said(dialer.path, connect("10.77.0.1", 6379))["code"] == "denied"
 
 
 def _everywhere(port: int) -> socket.socket:
@@ -384,13 +438,18 @@ async def test_who_hangs_up_costs_nothing(dialer: Dialer) -> None:
 @needs_root
 async def test_dead_addresses_do_not_keep_engines_from_being_reached(tmp_path: Path) -> None:
     """A hundred connections that never come about are more than the dialer serves at once."""
-    with network("landead", "10.77.0.1/32") as there, ExitStack() as stack:
-        port = inside(there, lambda: stack.enter_context(deaf("10.77.0.1")))
+    with network("landead") as there, ExitStack() as stack:
+        ip("-n", there, "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
+        ip("-n", there, "addr", "add", "10.77.0.2/24", "dev", "lan0")
+        for name in ("lan0", "lan1"):
+            ip("-n", there, "link", "set", name, "up")
+        # A machine that was here and is off: nobody says that it is away.
+        ip("-n", there, "neigh", "add", "10.77.0.1", "lladdr", "02:00:00:00:00:01", "dev", "lan0")
         server = inside(there, lambda: stack.enter_context(socket.create_server(("127.0.0.1", 0))))
         lan = LanDialer(stack.enter_context(lan_dialer(tmp_path, namespace=there)).path)
         await lan.prove()
         async with asyncio.TaskGroup() as group:
-            stuck = [group.create_task(lan.connect("10.77.0.1", port, 9)) for _ in range(100)]
+            stuck = [group.create_task(lan.connect("10.77.0.1", 7437, 9)) for _ in range(100)]
             await asyncio.sleep(0.2)
             for _ in range(8):
                 (await lan.connect("127.0.0.1", server.getsockname()[1], 5)).close()
