@@ -68,11 +68,21 @@ def connects(path):
     return True
 
 
+def reaches(path):
+    # Where AF_UNIX is forbidden a pair can still be had, and each half of it sends to whom it likes.
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with one, other:
+        one.sendto(b"MESSAGE=from one who was not given this door\n", path)
+    return True
+
+
 same = lambda kind: os.readlink(f"/proc/self/ns/{kind}") == outside[kind]
 status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
 probe("PrivateNetwork", lambda: "host0" in open("/proc/self/net/dev").read())
 probe("RestrictAddressFamilies", lambda: bool(socket.socket(socket.AF_VSOCK)))
-probe("InaccessiblePaths", lambda: os.access("/run/dbus/system_bus_socket", os.F_OK))
+hidden = "/run/dbus/system_bus_socket" if os.path.exists("/run/mycoswarm-lan.sock") else "/etc/mycoswarm"
+probe("InaccessiblePaths", lambda: os.access(hidden, os.F_OK) and bool(os.stat(hidden).st_mode & 0o7777))
+probe("TemporaryFileSystem", lambda: reaches("/run/systemd/journal/socket"))
 probe("ProtectSystem", lambda: not readonly("/usr"))
 probe("ProtectHome", lambda: bool(os.listdir("/home")))
 probe("PrivateTmp", lambda: os.path.exists("/tmp/of-others"))
@@ -102,7 +112,8 @@ probe("User", lambda: os.getuid() == 0)
 probe("LimitNOFILE", lambda: list(resource.getrlimit(resource.RLIMIT_NOFILE)) == outside["files"])
 probe("LimitCORE", lambda: resource.getrlimit(resource.RLIMIT_CORE)[1] != 0)
 probe("LimitFSIZE", lambda: resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY)
-print(json.dumps(held))
+print("<3>a priority of its choice")
+print("SAID " + json.dumps(held))
 """
 # What the machine is like without confinement; the numbers are x86-64's.
 _OUTSIDE = r"""
@@ -155,18 +166,21 @@ def run_all(machine: Machine, unit: str, lines: list[str]) -> dict[str, dict[str
                 *kept,
                 "Type=oneshot",
                 "ExecStart=/usr/bin/python3 -I /usr/lib/probe/probe.py",
-                f"StandardOutput=file:/root/probe-{unit}-{number}",
+                "StandardOutput=journal",
             ]
         )
         machine.write(f"/run/systemd/system/probe-{unit}-{number}.service", text + "\n")
     machine.run("systemctl", "daemon-reload")
     units = [f"probe-{unit}-{number}.service" for number in range(len(names_by_number))]
     machine.run("systemctl", "start", *units, check=False, timeout_s=120)
+    machine.run("journalctl", "--sync")
     found = {}
     for number, without in enumerate(names_by_number):
-        said = machine.run("cat", f"/root/probe-{unit}-{number}", check=False).out
-        assert said, (without, machine.journal("-u", f"probe-{unit}-{number}")[-2000:])
-        found[without] = json.loads(said)
+        said = machine.run("journalctl", "-b", "-o", "cat", "-u", f"probe-{unit}-{number}").out
+        assert "SAID " in said, (without, said[-2000:])
+        found[without] = json.loads(said.rsplit("SAID ", 1)[1].splitlines()[0])
+        # One that was obeyed is no longer in the line.
+        found[without]["SyslogLevelPrefix"] = "<3>a priority" in said
     return found
 
 

@@ -59,6 +59,7 @@ PrivateNetwork=no
 PrivateDevices=no
 PrivateUsers=no
 ProtectSystem=no
+TemporaryFileSystem=
 InaccessiblePaths=
 RestrictAddressFamilies=
 IPAddressDeny=
