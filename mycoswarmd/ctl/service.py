@@ -6,6 +6,8 @@ Laws:
    /opt/mycoswarm, never from the home directory that this command may have been started from.
 2. The units are those of the Debian package, character for character but for two paths (`_MOVED`).
 3. Beside the package nothing is installed, and what the operator wrote is never overwritten.
+4. Nothing of the system that is worked on runs, and no link on it leads out of it: the environment is made
+   anew by this machine's Python, and files are made where every part of the path is root's (ctl/ground.py).
 
 Source: systemd.unit(5) for the order of directories; design section 5 for what the package does.
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mycoswarmd import __version__
+from mycoswarmd.ctl.ground import firm
 from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.errors import ConfigError, Conflict
@@ -35,8 +38,11 @@ _PACKAGED = ("usr/lib/systemd/system/mycoswarmd.service", "lib/systemd/system/my
 _COMMAND = "usr/local/bin/mycoswarmctl"
 _BUILD_AGENT = (
     "import pathlib, sys; from mycoswarmd.sandbox.zipapp import build_agent; "
-    "pathlib.Path(sys.argv[1]).write_bytes(build_agent())"
+    "pathlib.Path(sys.argv[1]).open('xb').write(build_agent())"
 )
+# An sdist's own code would run as root. This one dependency has never had a wheel; its code is the node's
+# code anyway.
+_WHEELS_ONLY = ("--only-binary", ":all:", "--no-binary", "sdnotify")
 _PIP_S = 900
 _SYSTEM_S = 180
 
@@ -180,14 +186,19 @@ class Service:
                 "cannot change services of the system as this user",
                 hint="use sudo",
             )
+        if not self._root.is_dir():
+            raise ConfigError("no-system", f"cannot find a system in {str(self._root)!r}")
 
     def install(self, share: Path, source: str) -> None:
         """Make everything and start it; what is there already is brought to this version."""
+        placed_files = list(service_files(share))
+        for placed in placed_files:  # all are looked at before anything is made
+            self._firm(placed.path)
+        command = self._command()
         self._make_environment(source)
-        for placed in service_files(share):
+        for placed in placed_files:
             self._place(placed)
         self._make_agent()
-        command = self._root / _COMMAND
         if not command.exists() and not command.is_symlink():
             command.parent.mkdir(parents=True, exist_ok=True)
             command.symlink_to(f"{_HOME}/bin/mycoswarmctl")
@@ -206,15 +217,16 @@ class Service:
         """Take everything away again but what the operator may want."""
         if not (self._root / _UNITS / "mycoswarmd.service").exists():
             raise Conflict("not-installed", "cannot uninstall: nothing was installed by this command")
+        ours = [self._firm(placed.path) for placed in service_files(share) if not placed.is_own]
+        home = self._firm(f"{_HOME.lstrip('/')}/venv").parent
+        command = self._command()
         if self._is_here:
             self._system("systemctl", "disable", "--quiet", "--now", *_started(share))
-        for placed in service_files(share):
-            if not placed.is_own:
-                (self._root / placed.path).unlink(missing_ok=True)
-        command = self._root / _COMMAND
+        for path in ours:
+            path.unlink(missing_ok=True)
         if command.is_symlink() and str(command.readlink()).startswith(f"{_HOME}/"):
             command.unlink()
-        shutil.rmtree(self._root / _HOME.lstrip("/"), ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
         if self._is_here:
             self._system("systemctl", "daemon-reload")
         self._session.aside(
@@ -235,34 +247,56 @@ class Service:
         return found
 
     def _make_environment(self, source: str) -> None:
-        home = self._root / _HOME.lstrip("/")
-        venv = home / "venv"
-        home.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if not (venv / "bin" / "python").exists():
-            self._session.aside(f"making {venv} ...")
-            self._system(_PYTHON, "-I", "-m", "venv", str(venv), within_s=_PIP_S)
+        """Make the environment beside the one that is used, which stays if this fails, and change them."""
+        venv = self._firm(f"{_HOME.lstrip('/')}/venv", make=True)
+        new, old = venv.with_name(".venv.new"), venv.with_name(".venv.old")
+        _remove(new)
+        self._session.aside(f"making {venv} ...")
+        try:
+            self._system(_PYTHON, "-I", "-m", "venv", str(new), within_s=_PIP_S)
+            self._pip(new, source)
+            _remove(old)
+            if venv.exists() or venv.is_symlink():
+                venv.rename(old)
+            new.rename(venv)
+            _remove(old)
+        finally:
+            _remove(new)
+
+    def _pip(self, venv: Path, source: str) -> None:
         self._session.aside(f"installing {source} ...")
-        pip = [str(venv / "bin" / "python"), "-I", "-m", "pip", "install", "--quiet", "--upgrade"]
+        pip = [str(venv / "bin" / "python"), "-I", "-m", "pip", "install", "--quiet", *_WHEELS_ONLY]
         self._system(*pip, "--disable-pip-version-check", source, within_s=_PIP_S)
 
     def _make_agent(self) -> None:
         """Build what runs in a cage, as one file, compiled for the Python that will run it."""
-        home = self._root / _HOME.lstrip("/")
-        target = home / "libexec" / "task"
+        target = self._firm(f"{_HOME.lstrip('/')}/libexec/task", make=True)
         new = target.with_name(".task.new")
-        self._system(str(home / "venv" / "bin" / "python"), "-I", "-c", _BUILD_AGENT, str(new))
+        new.unlink(missing_ok=True)
+        python = target.parent.parent / "venv" / "bin" / "python"
+        self._system(str(python), "-I", "-c", _BUILD_AGENT, str(new))
         new.chmod(0o644)
         new.replace(target)
 
     def _place(self, placed: Placed) -> None:
-        path = self._root / placed.path
+        path = self._firm(placed.path, make=True)
         if placed.is_own and path.exists():
             return
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
-        new.write_text(placed.text, "utf-8")
+        new.unlink(missing_ok=True)
+        with new.open("x", encoding="utf-8") as file:  # x: follows no link
+            file.write(placed.text)
         new.chmod(placed.mode)
         new.replace(path)
+
+    def _firm(self, path: str, *, make: bool = False) -> Path:
+        """Return where a file is, in a directory that is root's and on this system; make the directory."""
+        whole = self._root / path
+        return firm(whole.parent, within=self._root, make=make) / whole.name
+
+    def _command(self) -> Path:
+        """Return where the operator's command is; here a group of administrators may write beside it."""
+        return self._root / _COMMAND if self._is_here else self._firm(_COMMAND)
 
     def _system(self, *command: str, within_s: int = _SYSTEM_S) -> None:
         try:
@@ -284,6 +318,13 @@ class Service:
                 "service-failed",
                 f"cannot finish: {command[0]} exited with {done.returncode}: {words}",
             )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _started(share: Path) -> Sequence[str]:

@@ -18,9 +18,28 @@ pytestmark = [
 ]
 
 
-def ctl(site: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+# The environment's Python in place of a real one: what pip would do is written down, all else is done.
+_STAND_IN = """#!/bin/sh
+if [ "$3" = pip ]; then echo "$@" >>{pip}; exit 0; fi
+shift; exec env PYTHONPATH={site} {python} "$@"
+"""
+# The system's Python in place of a real one: makes that environment.
+_SYSTEM = """#!/bin/sh
+[ "$*" = "-I -m venv $4" ] && mkdir -p "$4/bin" && cp "$0.venv" "$4/bin/python"
+"""
+
+_NO_LOOK = (
+    "service.firm = lambda path, make=False, **_: make and path.mkdir(parents=True, exist_ok=True) or path"
+)
+
+
+def ctl(site: Path, *argv: str, without: str = "pass") -> subprocess.CompletedProcess[str]:
     """Run the command of the package that lies in `site`, as pipx would have put it there."""
-    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); from mycoswarmd.ctl.main import main; main()"
+    start = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from mycoswarmd.ctl import service; "
+        f"service._PYTHON = {str(site / 'python3')!r}; {without}; "
+        "from mycoswarmd.ctl.main import main; main()"
+    )
     command = [sys.executable, "-c", start, str(site), "service", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=_PIP_S)
 
@@ -41,17 +60,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk(tmp_path: Path, site: Path) -> Path:
-    """Return a system's disk on which the environment is made already: pip needs a network and a minute."""
-    home = tmp_path / "disk/opt/mycoswarm/venv/bin"
-    home.mkdir(parents=True)
-    python = home / "python"
-    # What pip would do is written down, all else is done.
-    python.write_text(
-        f'#!/bin/sh\nif [ "$3" = pip ]; then echo "$@" >>{tmp_path}/pip; exit 0; fi\n'
-        f'shift; exec env PYTHONPATH={site} {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
+    """Return an empty disk; pip needs a network and a minute, so an environment is made without it."""
+    make_python(site, tmp_path)
+    (tmp_path / "disk").mkdir()
     return tmp_path / "disk"
+
+
+def make_python(site: Path, tmp_path: Path) -> None:
+    stand_in = _STAND_IN.format(pip=tmp_path / "pip", site=site, python=sys.executable)
+    for name, text in (("python3", _SYSTEM), ("python3.venv", stand_in)):
+        (site / name).write_text(text)
+        (site / name).chmod(0o755)
 
 
 def files(disk: Path) -> set[str]:
@@ -63,7 +82,8 @@ def test_it_is_installed_compared_and_taken_away(site: Path, disk: Path, tmp_pat
     done = ctl(site, "install", *root, "--from", "some.whl")
     assert done.returncode == 0, done
     assert "mycoswarmctl init" in done.stderr
-    assert (tmp_path / "pip").read_text().endswith(" some.whl\n")
+    said = (tmp_path / "pip").read_text()
+    assert said.endswith(" some.whl\n") and " --only-binary :all: " in said
     units = {path.name for path in (ROOT / "systemd").iterdir() if path.suffix in {".service", ".socket"}}
     assert units == {path.name for path in (disk / "etc/systemd/system").iterdir()}
     agent = disk / "opt/mycoswarm/libexec/task"
@@ -112,13 +132,85 @@ def test_it_refuses_beside_the_package(site: Path, disk: Path) -> None:
     assert ctl(site, "install", "--root", str(disk)).returncode == 0
 
 
-def test_it_says_what_went_wrong_with_pip(site: Path, disk: Path) -> None:
-    python = disk / "opt/mycoswarm/venv/bin/python"
-    python.write_text("#!/bin/sh\necho ERROR: no such thing >&2\nexit 1\n")
+def test_it_says_what_went_wrong_with_pip_and_leaves_what_is_there(site: Path, disk: Path) -> None:
+    (site / "python3.venv").write_text("#!/bin/sh\necho ERROR: no such thing >&2\nexit 1\n")
+    old = disk / "opt/mycoswarm/venv/bin/python"
+    old.parent.mkdir(parents=True)
+    old.write_text("that of before")
     done = ctl(site, "install", "--root", str(disk), "--json")
     error = json.loads(done.stdout.splitlines()[-1])["error"]
     assert error["code"] == "service-failed" and "no such thing" in error["message"]
-    assert not (disk / "etc").exists()
+    assert files(disk) == {"opt/mycoswarm/venv/bin/python"} and old.read_text() == "that of before"
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_no_program_of_the_disk_runs(site: Path, disk: Path, tmp_path: Path, user: int) -> None:
+    trap = disk / "opt/mycoswarm/venv/bin/python"
+    trap.parent.mkdir(parents=True)
+    trap.write_text(f"#!/bin/sh\nid >>{tmp_path}/ran\nexit 1\n")
+    trap.chmod(0o755)
+    os.chown(disk / "opt/mycoswarm", user, user)
+    # The control: an installer that takes the environment that is there, as it once did, is caught.
+    reuse = (
+        f"{_NO_LOOK}; service.Service._make_environment = lambda self, source: self._pip(self._root / "
+        "'opt/mycoswarm/venv', source)"
+    )
+    assert ctl(site, "install", "--root", str(disk), without=reuse).returncode == 1
+    assert "uid=0" in (tmp_path / "ran").read_text()
+    (tmp_path / "ran").unlink()
+    done = ctl(site, "install", "--root", str(disk), "--json")
+    assert not (tmp_path / "ran").exists()
+    if user:
+        assert json.loads(done.stdout.splitlines()[-1])["error"]["code"] == "not-only-roots", done
+        assert trap.exists() and not (disk / "etc").exists()
+    else:
+        assert done.returncode == 0 and "id >>" not in trap.read_text()
+        assert {path.name for path in (disk / "opt/mycoswarm").iterdir()} == {
+            "bin",
+            "libexec",
+            "sbin",
+            "venv",
+        }
+
+
+@pytest.mark.parametrize("link", ["etc/systemd/system", "etc", "opt/mycoswarm", "usr/local/bin"])
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_no_link_of_the_disk_leads_to_this_machine(
+    site: Path, disk: Path, tmp_path: Path, link: str, command: str
+) -> None:
+    host = tmp_path / "host"
+    host.mkdir()
+    if command == "uninstall":
+        assert ctl(site, "install", "--root", str(disk)).returncode == 0
+        shutil.move(disk / link, host / "there")
+        (disk / link).symlink_to(host / "there")
+    else:
+        (disk / link).parent.mkdir(parents=True, exist_ok=True)
+        (disk / link).symlink_to(host)
+    before = files(host)
+    done = ctl(site, command, "--root", str(disk), "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["error"]["code"] == "leads-out", done
+    assert files(host) == before
+    # The control: without the look at the path the same command changes this machine.
+    ctl(site, command, "--root", str(disk), without=_NO_LOOK)
+    assert files(host) != before
+
+
+def test_no_file_is_written_through_a_link_that_waits_for_it(site: Path, disk: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    waiting = [
+        disk / "etc/systemd/system/.mycoswarmd.service.new",
+        disk / "etc/systemd/system/mycoswarmd.service",
+        disk / "opt/mycoswarm/libexec/.task.new",
+        disk / "opt/mycoswarm/.venv.new",
+    ]
+    for path in waiting:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(victim)
+    assert ctl(site, "install", "--root", str(disk)).returncode == 0
+    assert victim.read_text() == "precious"
+    assert not any(path.is_symlink() for path in waiting)
 
 
 def test_only_root_changes_services(site: Path) -> None:
