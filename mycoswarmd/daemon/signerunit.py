@@ -5,12 +5,14 @@ trust/signer.py keeps the key. The connection is descriptor 0; when that ends, s
 """
 
 import argparse
+import logging
 import os
 import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from mycoswarmd.daemon.clock import SystemClock
 from mycoswarmd.outposts.signer import serve
 from mycoswarmd.trust.signer import FileSigner
 
@@ -23,8 +25,9 @@ def main(argv: Iterable[str]) -> None:
     parser.add_argument("--state", type=Path, default=Path("/var/lib/mycoswarm-signer"))
     options = parser.parse_args(list(argv))
     os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with socket.socket(fileno=CONNECTION_FD) as node:
-        serve(node, options.state, lambda: FileSigner(options.state))
+        serve(node, options.state, lambda: FileSigner(options.state), now_ms=SystemClock().now_ms)
 
 
 if __name__ == "__main__":

@@ -221,6 +221,7 @@ _ERRORS: dict[Failure, Callable[..., Exception]] = {
     Failure.NO_KEY: NotFound,
     Failure.BAD_KEY: ConfigError,
     Failure.DISK: StoreError,
+    Failure.BUSY: Unavailable,
     Failure.REFUSED: LocalProtocolError,
 }
 

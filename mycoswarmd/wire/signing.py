@@ -73,6 +73,7 @@ class Failure(StrEnum):
     NO_KEY = "no-key"
     BAD_KEY = "bad-key"  # damaged, or others could have read it
     DISK = "disk"
+    BUSY = "busy"  # it has signed very much
 
 
 @dataclass(frozen=True, slots=True)

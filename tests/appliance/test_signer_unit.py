@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 NODE = """
 import json, os
 from pathlib import Path
-from mycoswarmd.core.roster import BEACON_CONTEXT, SIGNING_CONTEXT
+from mycoswarmd.core.roster import SIGNING_CONTEXT, Kind, make_beacon_message, make_body
 from mycoswarmd.daemon.clock import SystemClock
 from mycoswarmd.errors import MycoswarmError
 from mycoswarmd.trust.keys import verify
@@ -24,7 +24,10 @@ from mycoswarmd.trust.signer import UnitSigner
 node = UnitSigner(Path("/run/mycoswarm-signer.sock"), clock=SystemClock())
 public = node.create()
 said = {"public": public.hex(), "uid": os.getuid()}
-for name, message in {"statement": SIGNING_CONTEXT + b"{}", "beacon": BEACON_CONTEXT + b"{}",
+swarm, by = "0" * 64, public.hex()
+body = make_body(Kind.REVOKE, swarm=swarm, epoch=0, node="a" * 26, reason="", by=by)
+for name, message in {"statement": SIGNING_CONTEXT + body, "garbage": SIGNING_CONTEXT + b"{}",
+                      "beacon": make_beacon_message(swarm=swarm, epoch=0, signer=by, n=1),
                       "tls": b" " * 64 + b"TLS 1.3, server CertificateVerify"}.items():
     try:
         said[name] = verify(public, node.sign(message), message)
@@ -73,6 +76,8 @@ def test_a_swarm_is_signed_by_the_unit(node: Machine) -> None:
 def test_the_node_gets_signatures_and_never_the_key(node: Machine) -> None:
     said = json.loads(node.python(NODE, user="_mycoswarm").out)
     assert (said["statement"], said["beacon"], said["tls"]) == (True, True, "not-signable")
+    assert said["garbage"] == "not-signable"
+    assert "signs revoke " in node.run("journalctl", "-o", "cat", "-u", "mycoswarm-signer@*").out
     assert (said["key"], said["directory"]) == (13, 13)
     said["weak"].pop("memory", None)  # the outer machine may keep that controller
     assert said["weak"] == {}

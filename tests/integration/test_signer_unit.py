@@ -1,6 +1,7 @@
 """The signer's unit: it signs statements and beacons for the node, and nobody gets its key."""
 
 import base64
+import hashlib
 import json
 import os
 import signal
@@ -17,10 +18,21 @@ from typing import Any
 
 import pytest
 
-from mycoswarmd.core.roster import BEACON_CONTEXT, SIGNING_CONTEXT, Kind, make_body, sign_beacon, signed
+from mycoswarmd.core.roster import (
+    BEACON_CONTEXT,
+    SIGNING_CONTEXT,
+    Kind,
+    canonical,
+    make_beacon_message,
+    make_body,
+    sign_beacon,
+    signed,
+)
+from mycoswarmd.core.roster.beacon import MAX_COUNTER
 from mycoswarmd.daemon.clock import SystemClock
 from mycoswarmd.errors import BadRequest, ConfigError, LocalProtocolError, NotFound, Unavailable
 from mycoswarmd.flow.swarmports import Signer
+from mycoswarmd.outposts import signbook
 from mycoswarmd.outposts import signer as signer_module
 from mycoswarmd.trust.keyfile import read_key
 from mycoswarmd.trust.keys import make_seed, public_key, sign, verify
@@ -63,6 +75,26 @@ OTHERS = [
     BEACON_CONTEXT[:-1] + b"\n",
     os.urandom(64),
 ]
+
+
+SWARM = "0" * 64
+
+
+def statement(public: bytes, *, node: str = "a" * 26) -> bytes:
+    """Return what a signer with this key may sign."""
+    by = public.hex()
+    return SIGNING_CONTEXT + make_body(Kind.REVOKE, swarm=SWARM, epoch=0, node=node, reason="", by=by)
+
+
+def beacon(public: bytes, n: int = 1) -> bytes:
+    return make_beacon_message(swarm=SWARM, epoch=0, signer=public.hex(), n=n)
+
+
+def long_statement(public: bytes) -> bytes:
+    """Return one that lists nearly all that an epoch can keep."""
+    keep = [hashlib.sha256(b"%d" % n).hexdigest() for n in range(15_000)]
+    facts = {"swarm": SWARM, "epoch": 0, "key": "1" * 64, "keep": keep, "by": public.hex()}
+    return SIGNING_CONTEXT + make_body(Kind.DROP_SIGNER, **facts)
 
 
 class UnitManager:
@@ -161,7 +193,7 @@ def test_it_makes_keeps_signs_and_destroys_and_never_tells_the_key() -> None:
         assert said["failed"]["kind"] == "no-key"
         public = bytes.fromhex(node.ask(encode_request(Request(Do.CREATE)))["done"]["public"])
         assert node.ask(encode_request(Request(Do.CREATE)))["done"] == {"public": public.hex()}
-        for message in (STATEMENT, BEACON_CONTEXT + b"{}", SIGNING_CONTEXT + b"x" * (1 << 20)):
+        for message in (statement(public), beacon(public), long_statement(public)):
             answer = node.ask(encode_request(Request(Do.SIGN, message)))["done"]
             assert list(answer) == ["signature"]
             assert verify(public, bytes.fromhex(answer["signature"]), message)
@@ -175,7 +207,7 @@ def test_it_makes_keeps_signs_and_destroys_and_never_tells_the_key() -> None:
         assert public.hex().encode() in node.heard  # so would be what is looked for
         assert not any(spelling in node.heard for spelling in spellings)
         assert node.ask(encode_request(Request(Do.DESTROY))) == {"done": {}}
-        assert list((top / "state").iterdir()) == []
+        assert [one.name for one in (top / "state").iterdir()] == ["signed.json"]  # no key
         assert node.ask(encode_request(Request(Do.SIGN, STATEMENT)))["failed"]["kind"] == "no-key"
         assert process.poll() is None
 
@@ -189,7 +221,128 @@ def test_it_signs_nothing_but_statements_and_beacons() -> None:
             said = node.ask(encode_request(Request(Do.SIGN, message)))
             assert list(said) == ["failed"]
             assert (said["failed"]["kind"], said["failed"]["code"]) == ("refused", "not-signable")
-        assert "done" in node.ask(encode_request(Request(Do.SIGN, STATEMENT)))  # and goes on
+        assert "done" in node.ask(encode_request(Request(Do.SIGN, statement(public))))  # and goes on
+
+
+def foreign(public: bytes) -> dict[str, bytes]:
+    """Return what begins as something that is signed, and is not."""
+    by, other = public.hex(), "1" * 64
+    good = json.loads(statement(public).removeprefix(SIGNING_CONTEXT))
+    count = json.loads(beacon(public).removeprefix(BEACON_CONTEXT))
+    leave = {"v": 1, "kind": "leave", "swarm": SWARM, "epoch": 0, "node": "a" * 26, "key": by}
+    bodies = {
+        "nothing": b"",
+        "garbage": b"this is no statement \xff\x00",
+        "other spelling": json.dumps(good).encode(),
+        "by another": canonical({**good, "by": other}),
+        "a field too much": canonical({**good, "until": 1}),
+        "unknown kind": canonical({**good, "kind": "grant"}),
+        "a member's": canonical(leave),
+    }
+    beacons = {
+        "no beacon": b"",
+        "beacon of garbage": b"garbage",
+        "beacon in part": b'{"n":9007199254740991}',
+        "beacon that is a list": b"[]",
+        "beacon with a signature": canonical({**count, "sig": "0" * 128}),
+        "beacon in another spelling": json.dumps(count).encode(),
+        "beacon by another": canonical({**count, "signer": other}),
+        "beacon far ahead": canonical({**count, "n": signbook.MOST_AHEAD + 1}),
+        "last beacon": canonical({**count, "n": MAX_COUNTER}),
+        "deep beacon": b"[" * 100_000,
+    }
+    return {name: SIGNING_CONTEXT + body for name, body in bodies.items()} | {
+        name: BEACON_CONTEXT + body for name, body in beacons.items()
+    }
+
+
+def test_what_only_begins_like_a_statement_is_not_signed() -> None:
+    with place() as top, program(top / "state") as (node, _):
+        public = bytes.fromhex(node.ask(encode_request(Request(Do.CREATE)))["done"]["public"])
+        before = FileSigner(top / "state")  # signs all that it is given, as the unit did
+        for name, message in foreign(public).items():
+            assert verify(public, before.sign(message), message)
+            said = node.ask(encode_request(Request(Do.SIGN, message)))
+            assert said.get("failed", {}).get("code") == "not-signable", name
+        assert "done" in node.ask(encode_request(Request(Do.SIGN, statement(public))))
+
+
+def test_beacons_count_on_and_never_far_ahead_also_for_the_next_program() -> None:
+    with place() as top:
+        with program(top / "state") as (node, _):
+            public = bytes.fromhex(node.ask(encode_request(Request(Do.CREATE)))["done"]["public"])
+            for n in (1, 2, 2, 1, signbook.MOST_AHEAD):  # a node that forgot may count again
+                assert "done" in node.ask(encode_request(Request(Do.SIGN, beacon(public, n))))
+        with program(top / "state") as (node, _):
+            far = beacon(public, 2 * signbook.MOST_AHEAD + 1)
+            assert node.ask(encode_request(Request(Do.SIGN, far)))["failed"]["code"] == "not-signable"
+            near = beacon(public, 2 * signbook.MOST_AHEAD)
+            assert "done" in node.ask(encode_request(Request(Do.SIGN, near)))
+
+
+def test_the_journal_has_each_signature_before_the_node() -> None:
+    with place() as top:
+        ours, its = socket.socketpair()
+        argv = [*PROGRAM, "--state", str(top / "state")]
+        with ours, its, subprocess.Popen(argv, stdin=its.fileno(), stderr=subprocess.PIPE) as process:
+            its.close()
+            ours.settimeout(20)
+            node = Recorder(ours)
+            public = bytes.fromhex(node.ask(encode_request(Request(Do.CREATE)))["done"]["public"])
+            node.ask(encode_request(Request(Do.SIGN, statement(public))))
+            node.ask(encode_request(Request(Do.SIGN, beacon(public, 7))))
+            node.ask(encode_request(Request(Do.DESTROY)))
+            process.kill()
+            assert process.stderr is not None
+            said = process.stderr.read().decode().splitlines()
+    body, count = statement(public)[len(SIGNING_CONTEXT) :], beacon(public, 7)[len(BEACON_CONTEXT) :]
+    assert said == [
+        f"made the key {public.hex()}",
+        f"signs revoke {hashlib.sha256(body).hexdigest()}",
+        f"signs beacon 7 {hashlib.sha256(count).hexdigest()}",
+        "the key is destroyed",
+    ]
+
+
+def test_nobody_takes_signatures_for_years(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_ms = [1_000_000_000]
+    with place() as top:
+        state = top / "state"
+        public = FileSigner(state).create()
+
+        def ask(do: Do, message: bytes = b"") -> Answer | Failed:
+            """Ask on a connection of its own, as whoever wants to be forgotten does."""
+            ours, its = socket.socketpair()
+            with ours, its:
+                ours.sendall(encode_request(Request(do, message)))
+                ours.shutdown(socket.SHUT_WR)
+                signer_module.serve(its, state, lambda: FileSigner(state), now_ms=lambda: now_ms[0])
+                return parse_answer(ours.recv(ANSWER_BYTES))
+
+        def signed_now(most: int) -> int:
+            for done in range(most):
+                answer = ask(Do.SIGN, statement(public))
+                if isinstance(answer, Failed):
+                    assert (answer.kind, answer.code) == (Failure.BUSY, "signer-busy")
+                    return done
+            return most
+
+        monkeypatch.setattr(signbook.Book, "spend", lambda _self, _now_ms: None)
+        assert signed_now(300) == 300  # the attack
+        monkeypatch.undo()
+        (state / "signed.json").unlink()
+        assert signed_now(300) == signbook.AT_ONCE
+        now_ms[0] += 3 * signbook.EVERY_MS + 1
+        assert signed_now(10) == 3
+        now_ms[0] -= 10**8  # a clock that is set back gives nothing, and takes nothing for ever
+        assert signed_now(10) == 0
+        now_ms[0] += signbook.EVERY_MS
+        assert signed_now(10) == 1
+        # Nor is it forgotten with the key.
+        assert ask(Do.DESTROY) == Answer()
+        assert isinstance(ask(Do.CREATE), Failed)
+        now_ms[0] += 10**9
+        assert isinstance(ask(Do.CREATE), Answer)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +375,10 @@ def test_a_line_without_an_end_is_not_read_for_ever() -> None:
 
 def test_a_message_that_is_too_long_is_not_sent() -> None:
     with place() as top, unit(top) as (node, _):
-        node.create()
+        public = node.create()
         with pytest.raises(BadRequest):
             node.sign(SIGNING_CONTEXT + b"x" * MESSAGE_BYTES)
-        assert node.sign(STATEMENT)
+        assert node.sign(statement(public))
 
 
 @pytest.mark.parametrize("kind", ["file", "unit"])
@@ -238,7 +391,7 @@ def test_both_kinds_of_signer_do_the_same(kind: str) -> None:
         one.destroy()
         public = one.create()
         assert one.create() == public == one.public_key()
-        assert verify(public, one.sign(STATEMENT), STATEMENT)
+        assert verify(public, one.sign(statement(public)), statement(public))
         body = make_body(
             Kind.GENESIS, name="home", recovery="0" * 64, signer=public.hex(), nonce="0" * 32, node="a" * 26
         )
@@ -272,12 +425,12 @@ def test_a_signer_that_was_killed_or_is_idle_is_started_again() -> None:
         public = node.create()
         assert len(manager.programs) == 1
         assert node.public_key() == public
-        assert verify(public, node.sign(STATEMENT), STATEMENT)
+        assert verify(public, node.sign(statement(public)), statement(public))
         assert len(manager.programs) == 1  # one program for all of it
         for count in (2, 3):
             os.kill(manager.programs[-1].pid, signal.SIGKILL)
             manager.programs[-1].wait()
-            assert verify(public, node.sign(STATEMENT), STATEMENT)
+            assert verify(public, node.sign(statement(public)), statement(public))
             assert len(manager.programs) == count
         node.close()
         assert manager.programs[-1].wait(10) == 0  # the connection is its life
@@ -288,7 +441,7 @@ def test_a_program_that_is_not_asked_ends(monkeypatch: pytest.MonkeyPatch) -> No
     ours, its = socket.socketpair()
     with place() as top, ours, its:
         began_s = time.monotonic()
-        signer_module.serve(its, top / "state", lambda: FileSigner(top / "state"))
+        signer_module.serve(its, top / "state", lambda: FileSigner(top / "state"), now_ms=lambda: 0)
         assert time.monotonic() - began_s < 5
 
 
@@ -456,12 +609,12 @@ from mycoswarmd.trust.signer import FileSigner
 keys.from_pem(keys.to_pem(keys.make_seed()))
 os.setgroups([]); os.setresgid(40001, 40001, 40001); os.setresuid(40001, 40001, 40001)
 state = Path(sys.argv[1])
-serve(socket.socket(fileno=0), state, lambda: FileSigner(state))
+serve(socket.socket(fileno=0), state, lambda: FileSigner(state), now_ms=lambda: 0)
 """
 AS_NODE = """
 import json, os, sys
 from pathlib import Path
-from mycoswarmd.core.roster import SIGNING_CONTEXT
+from mycoswarmd.core.roster import make_beacon_message
 from mycoswarmd.daemon.clock import SystemClock
 from mycoswarmd.trust.keys import make_seed, public_key, sign, verify
 from mycoswarmd.trust.signer import UnitSigner
@@ -470,7 +623,7 @@ if sys.argv[3] != "0":
     os.setgroups([]); os.setresgid(40002, 40002, 40002); os.setresuid(40002, 40002, 40002)
 node = UnitSigner(Path(sys.argv[1]), clock=SystemClock())
 public = node.create()
-message = SIGNING_CONTEXT + b"{}"
+message = make_beacon_message(swarm="0" * 64, epoch=0, signer=public.hex(), n=1)
 said = {"signs": verify(public, node.sign(message), message)}
 state = Path(sys.argv[2])
 pid = next(int(one.parent.name) for one in Path("/proc").glob("[0-9]*/cmdline")
