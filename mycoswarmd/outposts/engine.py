@@ -10,6 +10,7 @@ Laws:
    the directories of the unit file, and what it resolves to lies in them or is refused.
 2. No code from whoever may write models: an engine that others than root could have changed is not run.
 3. What the engine says is kept short, in memory, and told once: at its end.
+4. An engine may end this program, and with it the unit, but not stop it: then nobody would end the engine.
 
 Source: systemd.socket(5) for Accept=yes; unix(7); pidfd_open(2).
 """
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mycoswarmd.errors import ConfigError, EngineError, MycoswarmError
+from mycoswarmd.outposts.nostop import forbid_stopping
 from mycoswarmd.outposts.selftest import prove
 from mycoswarmd.wire.engineunit import (
     ENVIRONMENT,
@@ -288,6 +290,8 @@ def run(node: Connection, places: Places) -> int:
         if order is None:
             return EXIT_DONE
         job = find_job(order, places, number=os.getpid())
+        if not forbid_stopping():  # on a machine of another kind, say
+            print("the engine could stop its unit's own program", file=sys.stderr)  # noqa: T201
         serve(node, job)
     except MycoswarmError as exc:
         node.say(Refused(exc.message, isinstance(exc, EngineError)))

@@ -8,6 +8,7 @@ Source: systemd.socket(5) for Accept=yes; systemd/README.md.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ from mycoswarmd.wire.engineunit import (
     parse_report,
 )
 from mycoswarmd.wire.proof import CheckName, Proof
+
+log = logging.getLogger(__name__)
 
 # systemd needs 0.1 s, the self-test less; a Pi that swaps gets this long.
 START_S = 30.0
@@ -112,11 +115,19 @@ class _Lines:
             return
         cancelled: asyncio.CancelledError | None = None
         try:
-            with suppress(OSError, TimeoutError):
-                self._writer.write_eof()
-                async with asyncio.timeout(END_S):
-                    while await self._reader.read(REPORT_BYTES):
-                        pass
+            self._writer.write_eof()
+            async with asyncio.timeout(END_S):
+                while await self._reader.read(REPORT_BYTES):
+                    pass
+        except TimeoutError:
+            log.error(  # noqa: TRY400 - where it happened says nothing
+                "an engine's unit did not end within %g s; see: %s",
+                END_S,
+                _HINT,
+                extra={"event": "engine-lingers"},
+            )
+        except OSError:
+            pass  # it has ended already
         except asyncio.CancelledError as exc:
             cancelled = exc  # the unit ends without us as well
         self._writer.close()

@@ -318,6 +318,71 @@ def test_what_is_no_order_is_refused(untrusted: bytes) -> None:
         assert process.wait(10) == 1
 
 
+# An engine in somebody's hand: it does not want to end with its parent, and tries all ways to stop that.
+TAKEN_OVER = """
+import ctypes, fcntl, os, signal, socket, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(1, 0)
+parent, said = os.getppid(), []
+def attempt(name, function):
+    try:
+        function()
+        said.append(name)
+    except OSError:
+        pass
+def call(number, *words):
+    if libc.syscall(number, *words) < 0:
+        raise OSError(ctypes.get_errno(), "")
+attempt("memory", lambda: open(f"/proc/{parent}/mem", "r+b").close() if os.geteuid() else call(-1))
+one, other = socket.socketpair()
+attempt("setsig", lambda: fcntl.fcntl(one, 10, signal.SIGSTOP))
+attempt("pidfd", lambda: signal.pidfd_send_signal(os.pidfd_open(parent), signal.SIGSTOP))
+attempt("kill", lambda: os.kill(parent, signal.SIGSTOP))
+attempt("group", lambda: os.killpg(os.getpgid(parent), 0) or os.kill(parent, signal.SIGTSTP))
+attempt("alive", lambda: os.kill(parent, 0))
+print("said", said, file=open(sys.argv[sys.argv.index("--model") + 1], "w"))
+time.sleep(3600)
+"""
+# The program as it was.
+STOPPABLE = """
+import sys
+from mycoswarmd.outposts import engine
+engine.forbid_stopping = lambda: True
+engine.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_an_engine_cannot_stop_who_ends_it(monkeypatch: pytest.MonkeyPatch, is_guarded: bool) -> None:
+    if not is_guarded:
+        monkeypatch.setitem(globals(), "PROGRAM", [PROGRAM[0], "-c", STOPPABLE])
+    with places() as top, program(top) as (node, process):
+        (top / "engine" / ENGINE / "xllamacpp" / "__init__.py").write_text(TAKEN_OVER)
+        said = lines_of(node)
+        next(said)
+        node.sendall(encode_order(ORDER))
+        pid = next(said)["started"]["pid"]
+        try:
+            end = time.monotonic() + 10
+            while not (word := (top / "models" / "a.gguf").read_text()).endswith("]\n"):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            said.close()
+            node.close()
+            if is_guarded:
+                assert word == "said ['alive']\n"
+                assert process.wait(10) == 0
+                assert not is_alive(pid)
+            else:  # the attack: it goes on without its node
+                assert {"setsig", "pidfd", "kill"} <= set(word.split("'"))
+                state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+                assert state == "T"
+                assert is_alive(pid)
+        finally:
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
 # --- the node's side -------------------------------------------------------------------------------
 
 
@@ -383,13 +448,16 @@ async def test_a_unit_that_says_something_else_is_not_believed(says: str) -> Non
                 await units(top)(engine=ENGINE, model="a.gguf", serving=SERVING, log_path=top / "log")
 
 
-async def test_a_unit_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_unit_that_says_nothing_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(engineunit, "START_S", 0.2)
     monkeypatch.setattr(engineunit, "END_S", 0.2)
     with places() as top:
         async with manager(top / "m", program=["/bin/sleep", "60"]):
             with pytest.raises(CageError, match="said nothing for"):
                 await units(top)(engine=ENGINE, model="a.gguf", serving=SERVING, log_path=top / "log")
+            assert "did not end within 0.2 s" in caplog.text  # and somebody may look after it
 
 
 # Listens in a process that is not the one of which the unit speaks, and answers all that is asked first.
