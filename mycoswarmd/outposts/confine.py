@@ -11,6 +11,8 @@ import resource
 import signal
 import struct
 
+from mycoswarmd.outposts.callfilter import forbid_streams
+
 MEMORY_BYTES = 160 << 20
 _FILES = 256
 _NOBODY = 65534
@@ -49,6 +51,7 @@ def confine() -> None:
         bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (bound, bound))
     _close_files(libc)
+    forbid_streams()
 
 
 def _close_files(libc: ctypes.CDLL) -> None:

@@ -18,16 +18,29 @@ ATTEMPTS = {
         "except ConnectionRefusedError: pass"
     ),
     "listen by TCP": "import socket; socket.create_server(('127.0.0.1', 0))",
+    # Landlock is not asked on this way.
+    "connect by TCP by sending": (
+        "import socket; s = socket.socket(); s.settimeout(2)\n"
+        "try: s.sendto(b'x', socket.MSG_FASTOPEN, ('127.0.0.1', 9))\n"
+        "except (ConnectionRefusedError, BlockingIOError): pass"
+    ),
+    "make a socket for streams": "import socket; socket.socket(socket.AF_INET6)",
+    "make a socket for streams of parts": "import socket; socket.socket(type=socket.SOCK_STREAM, proto=262)",
+    "have calls made by a ring": (
+        "import ctypes; raise SystemExit("
+        "ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) < 0)"
+    ),
     "fill the memory": "b'x' * (300 << 20)",
     "signal its parent": "import os; os.kill(os.getppid(), 0)",
 }
 # What it lives on.
 STILL = (
     "import socket; s = socket.socket(type=socket.SOCK_DGRAM)\n"
-    "s.bind(('', 0)); s.sendto(b'x', ('127.0.0.1', 9))"
+    "s.bind(('', 0)); s.sendto(b'x', ('127.0.0.1', 9))\n"
+    "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0); socket.socketpair()"
 )
 # What older kernels have no means against.
-NEEDS_LANDLOCK = {"connect by TCP": 4, "listen by TCP": 4, "signal its parent": 6}
+NEEDS_LANDLOCK = {"signal its parent": 6}
 
 
 def ran(code: str, *, confined: bool) -> int:
