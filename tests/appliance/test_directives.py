@@ -201,3 +201,52 @@ def cited() -> set[str]:
     found = {row[0].strip(" `").partition("=")[0] for row in rows if "directives" in row[3]}
     assert len(found) >= 25
     return found
+
+
+_DISCOVERY = """
+import json, socket, sys
+if "confined" in sys.argv:
+    from mycoswarmd.outposts.confine import confine
+    confine()
+said = {}
+for name, kind, address in (
+    ("loopback", socket.SOCK_STREAM, ("127.0.0.1", 2525)),
+    ("lan", socket.SOCK_STREAM, (sys.argv[1], 2525)),
+    ("resolver", socket.SOCK_DGRAM, ("127.0.0.1", 53)),
+    ("mdns", socket.SOCK_DGRAM, ("224.0.0.251", 5353)),
+):
+    try:
+        with socket.socket(type=kind) as sock:
+            sock.settimeout(1)
+            sock.connect(address)
+            sock.send(b"x")
+        said[name] = True
+    except OSError:
+        said[name] = False
+print("SAID " + json.dumps(said))
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "argument", "reached"),
+    [
+        ("IPAddressAllow=127.0.0.1/32", "as it starts", {"loopback", "lan", "resolver", "mdns"}),
+        ("", "as it starts", {"lan", "mdns"}),
+        ("", "confined", {"mdns"}),
+    ],
+)
+def test_discovery_speaks_multicast_and_nothing_else(
+    machine: Machine, extra: str, argument: str, reached: set[str]
+) -> None:
+    lines = [*directives("discovery"), extra, "Type=oneshot", "StandardOutput=journal"]
+    program = f"ExecStart=/usr/bin/python3 -I /usr/lib/probe/discovery.py {machine.address} {argument}"
+    name = f"discovers-{len(reached)}.service"
+    machine.write("/usr/lib/probe/discovery.py", _DISCOVERY)
+    machine.write(f"/run/systemd/system/{name}", "\n".join(["[Service]", *lines, program, ""]))
+    listener = "import socket, time; s = socket.create_server(('', 2525)); time.sleep(60)"
+    with machine.start("python3", "-c", listener):
+        machine.wait_until("grep -q 00000000:09DD /proc/net/tcp")
+        machine.sh(f"systemctl daemon-reload; systemctl start {name}; journalctl --sync")
+    said = machine.run("journalctl", "-b", "-o", "cat", "-u", name).out
+    found = json.loads(said.rsplit("SAID ", 1)[1].splitlines()[0])
+    assert {where for where, was_reached in found.items() if was_reached} == reached
