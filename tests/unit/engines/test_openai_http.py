@@ -344,14 +344,15 @@ async def test_stopping_the_engine_ends_its_prompts() -> None:
         async def ask() -> str:
             try:
                 await deltas_of(engine, chat(stream=True))
-            except EngineError as exc:
+            except (EngineError, Unavailable) as exc:
                 return exc.code
             return "ended"
 
         async with running(engine):
             task = group.create_task(ask())
             await until(lambda: CHAT in fake.paths())
-        assert await task == "engine-failed"
+        # In the middle of its answer, or before the first byte on a kept connection.
+        assert await task in {"engine-failed", "engine-down"}
 
 
 async def test_more_prompts_than_places_wait_and_too_many_are_refused(

@@ -384,7 +384,9 @@ POOR = (
     "-c",
     (
         "import resource, sys; from mycoswarmd.outposts import lan; "
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16)); sys.exit(lan.main(sys.argv[1:]))"
+        # 16 in all; what it was given may have a number that the limit would not give out.
+        "limit = 15 if int(sys.argv[sys.argv.index('--fd') + 1]) > 15 else 16; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)); sys.exit(lan.main(sys.argv[1:]))"
     ),
 )
 
