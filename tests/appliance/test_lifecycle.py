@@ -127,8 +127,14 @@ def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images,
     apt(machine, "install", "/root/again.deb")
     wait_ready(machine)
     assert "editor" in ctl(machine, "keys", "list").out  # the state was taken up again
-    said = apt(machine, "purge", "mycoswarmd").out
-    assert "roster" in said and "revoke" in said, said
+    models = "/var/lib/mycoswarm-engine/models"  # on a disk of its own, as gigabytes are
+    machine.sh(f"mkdir -p /srv/films; echo kept > /srv/films/film; mount --bind /srv/films {models}")
+    purged = apt(machine, "purge", "mycoswarmd")
+    said = purged.out + purged.err
+    assert "roster" in said and "revoke" in said and "mounted" in said, said
+    assert machine.run("cat", "/srv/films/film").out == "kept\n"
+    assert not machine.path(STATE).exists()
+    machine.sh(f"umount {models}; rm -r /var/lib/mycoswarm-engine")
     left = machine.sh(
         "find / -xdev -name '*mycoswarm*' -not -path '/root/*' -not -path '/proc/*' 2>/dev/null; true"
     ).out
