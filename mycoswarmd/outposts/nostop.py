@@ -30,12 +30,6 @@ _PIDFD_SEND_SIGNAL = 424
 _FCNTL = {"x86_64": 72, "aarch64": 25}
 
 
-class _Program(ctypes.Structure):
-    """A filter, as the kernel takes it."""
-
-    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]  # noqa: RUF012 - as ctypes has it
-
-
 def forbid_stopping() -> bool:
     """Take the power to stop from this process and all that it starts; tell whether it is gone."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -43,10 +37,11 @@ def forbid_stopping() -> bool:
     if machine not in _ARCH or libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
         return False
     code = _filter(machine)
-    program = _Program(len(code) // 8, code)
+    held = ctypes.create_string_buffer(code)
+    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(held))
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
-    return bool(libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0) == 0)
+    return bool(libc.prctl(_PR_SET_SECCOMP, _FILTER, program, 0, 0) == 0)
 
 
 def _filter(machine: str) -> bytes:
