@@ -2,7 +2,8 @@
 
 A connected TCP socket can be disconnected and connected anew. The dialer's filter holds for it wherever it
 is used, so it stays on the LAN; but the dialer's own rules, such as which port of 127.0.0.1 is an engine's,
-would not be asked again. Landlock judges who calls connect(), whoever made the socket.
+would not be asked again. Landlock judges who calls connect(), whoever made the socket; what connects by
+sending is forbidden by a filter (callfilter.py).
 
 Law: once taken, this cannot be given back, and holds for every thread and child that is started afterwards;
 so it is called before the first. Where the kernel is too old for it, it says so and changes nothing.
@@ -12,6 +13,8 @@ Source: landlock(7); it knows TCP from its fourth version on, Linux 6.7.
 import ctypes
 import os
 import struct
+
+from mycoswarmd.outposts.callfilter import forbid_fast_open
 
 # These have the same numbers on every architecture.
 _LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
@@ -35,4 +38,4 @@ def forbid_tcp() -> bool:
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     done = libc.syscall(_LANDLOCK_RESTRICT, fd, 0)
     os.close(fd)
-    return bool(done == 0)
+    return bool(done == 0) and forbid_fast_open()

@@ -19,12 +19,16 @@ from mycoswarmd.outposts.notcp import forbid_tcp
 allowed, forbidden = int(sys.argv[2]), int(sys.argv[3])
 found = {"holds": forbid_tcp()} if sys.argv[4] == "forbid" else {}
 
-def point_elsewhere(sock):
+def point_elsewhere(sock, by_sending=False):
     sock.settimeout(5)
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.connect(sock.fileno(), (ctypes.c_char * 16)(), 16) == 0  # AF_UNSPEC: disconnect
     try:
-        sock.connect(("127.0.0.1", forbidden))
+        if by_sending:
+            sock.setblocking(True)
+            sock.sendto(b"x", socket.MSG_FASTOPEN, ("127.0.0.1", forbidden))
+        else:
+            sock.connect(("127.0.0.1", forbidden))
     except OSError as exc:
         return errno.errorcode[exc.errno]
     return "connected"
@@ -36,6 +40,8 @@ async def main():
         found["here"] = point_elsewhere(sock)
     with await lan.connect("127.0.0.1", allowed, 5) as sock:
         found["thread"] = await asyncio.to_thread(point_elsewhere, sock)
+    with await lan.connect("127.0.0.1", allowed, 5) as sock:
+        found["sent"] = point_elsewhere(sock, by_sending=True)
     # What the node does goes on: it listens on what it was given, and connects to unix sockets.
     with await lan.listen("127.0.0.1", int(sys.argv[5])) as sock:
         server = await asyncio.start_server(lambda r, w: w.close(), sock=sock)
@@ -73,8 +79,8 @@ def tried(directory: Path, what: str) -> dict[str, object]:
 
 
 def test_a_dialled_socket_cannot_be_pointed_elsewhere(tmp_path: Path) -> None:
-    assert tried(tmp_path, "nothing") == {"here": "connected", "thread": "connected"}
+    assert tried(tmp_path, "nothing") == dict.fromkeys(("here", "thread", "sent"), "connected")
     found = tried(tmp_path, "forbid")
     if not found["holds"]:
         pytest.skip("this kernel's Landlock knows no TCP")
-    assert found == {"holds": True, "here": "EACCES", "thread": "EACCES"}
+    assert found == {"holds": True, "here": "EACCES", "thread": "EACCES", "sent": "EPERM"}
