@@ -63,7 +63,7 @@ def cure(machine: Machine, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def patient(appliance_lab: Lab, images: Images) -> Iterator[Machine]:
-    machine = appliance_lab.machine("patient", *images.node_trixie)
+    machine = appliance_lab.machine("reader", *images.node_trixie)
     machine.wait_booted()
     wait_ready(machine)
     yield machine

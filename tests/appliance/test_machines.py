@@ -22,8 +22,11 @@ def test_a_machine_boots_runs_commands_and_keeps_its_disk_when_the_plug_is_pulle
     assert not (images.trixie / "var/lib/kept").exists()
 
 
-def test_address_filters_are_real_on_a_machine_and_the_switch_sees_what_leaves(appliance_lab: Lab) -> None:
-    machine = appliance_lab.machines["bare"]
+def test_address_filters_are_real_on_a_machine_and_the_switch_sees_what_leaves(
+    appliance_lab: Lab, images: Images
+) -> None:
+    machine = appliance_lab.machine("filtered", images.trixie)
+    machine.wait_booted()
     send = f"import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('{OUTSIDE}', 9))"
     with machine.captured() as free:
         machine.run("systemd-run", "--quiet", "--wait", "--pipe", "python3", "-c", send)

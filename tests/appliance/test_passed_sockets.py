@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from tests.appliance.conftest import Images
 from tests.appliance.images import SUITES
 from tests.appliance.machines import Machine
+from tests.appliance.nodes import install, wait_ready
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.parametrize("suite", SUITES)]
 Fresh = dict[str, tuple[Machine, str]]
@@ -67,8 +69,12 @@ def tried(machine: Machine) -> dict[str, str]:
     return said
 
 
-def test_a_listener_keeps_the_filter_of_the_dialer_that_made_it(fresh: Fresh, suite: str) -> None:
+def test_a_listener_keeps_the_filter_of_the_dialer_that_made_it(
+    fresh: Fresh, images: Images, suite: str
+) -> None:
     machine, _ = fresh[suite]
+    install(machine, images.deb)  # another test may have purged it
+    wait_ready(machine)
     machine.run("systemctl", "stop", "mycoswarmd.service", "mycoswarmd.socket")
     try:
         machine.sh(_NEIGHBOURS)
