@@ -465,7 +465,7 @@ NOTICED: dict[str, str] = {
     "StandardInput": "cage-setup",
     "StandardOutput": "streams",
     "StandardError": "= the journal says why an interpreter cannot start",
-    "SyslogLevelPrefix=no": "= what it prints goes nowhere but where its errors do, see there",
+    "SyslogLevelPrefix=no": "= the journal would show what a cage prints at a priority of its choice",
     "KillMode": "= as it is by default; what the law of this cage rests on is written down",
     "KillSignal": "test_children_that_are_asked_first_stay",
     "RuntimeMaxSec": "test_a_unit_has_an_end_of_its_own",
