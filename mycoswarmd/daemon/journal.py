@@ -28,6 +28,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "cage-proved":     "1e5dd22fa36f4854b8a04136095e4139",  # the cages of tasks proved themselves
     "cage-unproved":   "f1b0a7216df54577ad2f0325605ee24d",  # they did not: tasks are refused
     "cage-lingers":    "fd9fc1895db146eea756b9b1e8ebddb1",  # one did not end when it was told to
+    "engine-lingers":  "849637fe7d3647d6a4780b9bac90be1e",  # an engine did not end when it was told to
     "unit-weak":       "d6cfe2ad060d402d944ead78a3341ff9",  # a unit is less confined than it should be
     "unit-gone":       "15d4902d14444e57bdb4f4486d62682b",  # a unit cannot be reached, or ended
     "listener-down":   "08dd33c455f340c085f7a1a4268e8a65",  # an address cannot be listened at

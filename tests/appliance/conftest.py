@@ -22,7 +22,6 @@ from tests.appliance.nodes import (
     wait_ready,
 )
 
-HERE = Path(__file__).parent
 _PROGRAMS = ("systemd-nspawn", "mmdebstrap", "ip", "nsenter", "tcpdump")
 
 
@@ -36,16 +35,17 @@ def _why_not() -> str | None:
     return None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep all tests of this directory in one process, and skip them where no machine can be booted."""
-    why = _why_not()
-    for item in items:
-        if item.path.parent != HERE:
-            continue
-        item.add_marker(pytest.mark.xdist_group("appliance"))
-        if why is not None:
-            item.add_marker(pytest.mark.skip(reason=why))
+_WHY_NOT = _why_not()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep all tests of this directory in one process, and skip them where no machine can be booted.
+
+    At collection, not in pytest_collection_modifyitems: xdist's own hook of that name has read the groups by then.
+    """
+    item.add_marker(pytest.mark.xdist_group("appliance"))
+    if _WHY_NOT is not None:
+        item.add_marker(pytest.mark.skip(reason=_WHY_NOT))
 
 
 class Images:

@@ -118,6 +118,7 @@ def test_an_upgrade_keeps_the_state_the_edits_and_the_promises(
 
 def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images, suite: str) -> None:
     machine, _ = fresh[suite]
+    ctl(machine, "keys", "create", "keeper")
     apt(machine, "remove", "mycoswarmd")
     assert machine.run("sh", "-c", "command -v mycoswarmctl", check=False).code != 0
     assert machine.run("systemctl", "is-active", "mycoswarmd.socket", check=False).out != "active\n"
@@ -126,7 +127,7 @@ def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images,
     machine.write("/root/again.deb", images.deb.read_bytes())
     apt(machine, "install", "/root/again.deb")
     wait_ready(machine)
-    assert "editor" in ctl(machine, "keys", "list").out  # the state was taken up again
+    assert "keeper" in ctl(machine, "keys", "list").out  # the state was taken up again
     models = "/var/lib/mycoswarm-engine/models"  # on a disk of its own, as gigabytes are
     machine.sh(f"mkdir -p /srv/films; echo kept > /srv/films/film; mount --bind /srv/films {models}")
     purged = apt(machine, "purge", "mycoswarmd")
