@@ -10,11 +10,13 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 CACHE = Path("/var/tmp/mycoswarm-appliance")
 SUITES = ("trixie", "bookworm")
 BUILD_S = 420
+IDLE_S = 3 * 3600  # an image that no session took for so long is below no machine
 # The system, then the package's own dependencies, then what the tests themselves run on a machine.
 PACKAGES = (
     "systemd",
@@ -34,6 +36,7 @@ PACKAGES = (
     "python3-tomlkit",
     "python3-typer",
     "python3-zeroconf",
+    "python3-venv",  # for a node without the package: pipx and `mycoswarmctl service install`
 )
 USERS = ("alice", "bob")
 # No unit may wait for a network or a module that a machine here does not have; nothing looks for updates.
@@ -73,7 +76,8 @@ def _build(suite: str, home: Path, cache: Path) -> None:
     building = cache / f"{suite}.building"
     shutil.rmtree(building, ignore_errors=True)
     for old in cache.glob(f"{suite}-*"):
-        shutil.rmtree(old)
+        if time.time() - old.stat().st_mtime > IDLE_S:
+            shutil.rmtree(old)
     building.mkdir()
     options = [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     command = [
