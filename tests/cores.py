@@ -76,7 +76,7 @@ class Core(NodeProcess):
 
     def dialer(self, *, namespace: str = "", user: int = 0) -> Dialer:
         """Make the LAN dialer that this core asks; whoever calls starts and kills it."""
-        path = self.outposts / "mycoswarm-lan.sock"
+        path = self.outposts / "lan.sock"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(str(path))
         path.chmod(0o666)

@@ -32,14 +32,14 @@ STATE_DIR: Final = Path("/var/lib/mycoswarm")
 RUNTIME_DIR: Final = Path("/run/mycoswarm")
 ENGINE_DIR: Final = Path("/var/lib/mycoswarm-engine")
 ENGINE_RUNTIME_DIR: Final = Path("/run/mycoswarm-engine")
-# Where each unit of the appliance is connected to (systemd/*.socket); below /run, whatever the settings say.
-OUTPOSTS_DIR: Final = Path("/run")
+# Where each unit of the appliance is connected to (systemd/*.socket), whatever the settings say.
+OUTPOSTS_DIR: Final = Path("/run/mycoswarm-outposts")
 OUTPOSTS: Final[Mapping[Unit, str]] = {
-    Unit.LAN: "mycoswarm-lan.sock",
-    Unit.DISCOVERY: "mycoswarm-discovery.sock",
-    Unit.TASK: "mycoswarm-task.sock",
-    Unit.ENGINE: "mycoswarm-engine.sock",
-    Unit.SIGNER: "mycoswarm-signer.sock",
+    Unit.LAN: "lan.sock",
+    Unit.DISCOVERY: "discovery.sock",
+    Unit.TASK: "task.sock",
+    Unit.ENGINE: "engine.sock",
+    Unit.SIGNER: "signer.sock",
 }
 _MAX_FILE_BYTES = 64 << 10
 _ENGINE_KINDS = ("ollama", "openai")

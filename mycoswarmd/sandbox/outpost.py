@@ -160,12 +160,13 @@ class UnitOutpost:
         return CageError(
             "outpost-gone",
             f"cannot go on with {self._name}: {why}",
-            hint=f"journalctl -u {self._name.removesuffix('.sock')}@*",
+            hint=f"journalctl -u {self._name}@*",
         )
 
 
 async def connect_outpost(path: Path, *, line_bytes: int) -> UnitOutpost:
     """Start an outpost of the appliance by connecting to its unit; CageError where that cannot be done."""
+    unit = f"mycoswarm-{path.stem}"
     try:
         async with asyncio.timeout(_CONNECT_S):
             reader, writer = await asyncio.open_unix_connection(str(path), limit=line_bytes)
@@ -173,7 +174,7 @@ async def connect_outpost(path: Path, *, line_bytes: int) -> UnitOutpost:
         why = exc.strerror or "nobody accepts"
         raise CageError(
             "outpost-gone",
-            f"cannot start {path.name}: {why}",
-            hint=f"systemctl status {path.name.removesuffix('.sock')}.socket",
+            f"cannot start {unit}: {why}",
+            hint=f"systemctl status {unit}.socket",
         ) from exc
-    return UnitOutpost(path.name, reader, writer)
+    return UnitOutpost(unit, reader, writer)

@@ -1,7 +1,8 @@
 """Cages built by systemd. Implements flow.ports.CageMaker.
 
-A connection to /run/mycoswarm-task.sock is a cage: PID 1 starts mycoswarm-task@.service for it and confines
-it, and closing the connection ends it with all that is in it (agent/guard.py). No D-Bus, no privilege here.
+A connection to the socket of mycoswarm-task.socket is a cage: PID 1 starts mycoswarm-task@.service for it and
+confines it, and closing the connection ends it with all that is in it (agent/guard.py). No D-Bus, no
+privilege here.
 
 Laws: the other side is believed to be such a unit because the kernel says so: PID 1 listens, and the process
 that answers is in a control group of that unit. Nothing of the task passes `open` before the cage has proved
@@ -33,10 +34,10 @@ from mycoswarmd.wire.frames import Frame, FrameType, encode_frame
 
 log = logging.getLogger(__name__)
 
-SOCKET = Path("/run/mycoswarm-task.sock")
+SOCKET = Path("/run/mycoswarm-outposts/task.sock")
 # Where cgroup2 is: alone, or beside the older ones.
 GROUP_ROOTS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
-# The unit of /run/NAME.sock is NAME@.service, and each connection has an instance of its own.
+# The unit of NAME.sock is mycoswarm-NAME@.service, and each connection has an instance of its own.
 UNIT_GROUP = r"(?:/[A-Za-z0-9_.@\\-]+)*/{}@[0-9_-]{{1,60}}\.service"
 CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 # PID 1 accepts at once, unless it is busy with a boot.
@@ -101,7 +102,7 @@ class SystemdCages:
             near,
             confine,
             wall_s=spec.limits.wall_s,
-            unit=self._socket_path.stem,
+            unit=f"mycoswarm-{self._socket_path.stem}",
             group_roots=self._group_roots,
         )
         await session.prove(confine, is_sent=True)

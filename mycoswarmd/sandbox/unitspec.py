@@ -60,7 +60,7 @@ UNIT_HIDDEN = (
 UNIT_UNREACHABLE = (
     "/run/dbus/system_bus_socket", "/run/systemd/private", "/run/systemd/notify",
     "/run/systemd/resolve/io.systemd.Resolve", "/run/nscd/socket", "/run/docker.sock",
-    "/run/containerd/containerd.sock", "/run/mycoswarm/api.sock", "/run/mycoswarm-lan.sock",
+    "/run/containerd/containerd.sock", "/run/mycoswarm/api.sock", "/run/mycoswarm-outposts/lan.sock",
 )  # fmt: skip
 UNIT_UNWRITABLE = ("/.probe", "/etc/.probe", "/usr/.probe", "/dev/.probe", "/run/.probe", f"{CODE}/task")
 # One or more of each group that the unit's system call filter leaves out.

@@ -73,7 +73,9 @@ async def mutate(request: Body) -> object:
     """Open a cage of each unit, one after the other; say how each was refused, or what it lacked."""
     found = {}
     for name in request["units"]:
-        said = await prove({**request, "socket": f"/run/{name}.sock"})
+        said = await prove(
+            {**request, "socket": f"/run/mycoswarm-outposts/{name.removeprefix('mycoswarm-')}.sock"}
+        )
         assert isinstance(said, dict)
         found[name] = said.get("refused") or f"accepted, absent: {' '.join(said['absent'])}"
     return found

@@ -28,7 +28,7 @@ PLACE = "/usr/local/lib/cage"
 CODE = "/usr/libexec/mycoswarm/task"
 # The same unit with an agent that does what a test says.
 SCRIPTED = "mycoswarm-scripted"
-SCRIPTED_SOCKET = f"/run/{SCRIPTED}.sock"
+SCRIPTED_SOCKET = "/run/mycoswarm-outposts/scripted.sock"
 Facts = dict[str, Any]
 
 BUILD = f"""
@@ -60,7 +60,7 @@ class Box:
     def add_unit(self, name: str, service: str, socket: str = SOCKET) -> None:
         """Write a socket and its service."""
         self.machine.write(f"/etc/systemd/system/{name}@.service", service)
-        text = socket.replace("/run/mycoswarm-task.sock", f"/run/{name}.sock")
+        text = socket.replace("/task.sock", f"/{name.removeprefix('mycoswarm-')}.sock")
         self.machine.write(f"/etc/systemd/system/{name}.socket", text)
 
     def as_node(self, request: Facts, *, check: bool = True) -> Any:
@@ -311,7 +311,7 @@ def test_an_agent_that_hangs_is_ended_by_its_guard_and_by_nobody_without_one(box
     wall = {"wall_s": 1}
     assert box.scripted(do="ends", code=DEAF, limits=wall)["code"] == "cage-timeout"
     box.machine.wait_until("! pgrep -f [/]agent/task | grep -q .", within_s=5)
-    request = {"do": "hold", "socket": "/run/mycoswarm-unguarded.sock", "code": CHILDREN}
+    request = {"do": "hold", "socket": "/run/mycoswarm-outposts/unguarded.sock", "code": CHILDREN}
     with box.machine.start("python3", "-B", f"{PLACE}/cage_driver.py", json.dumps(request)) as node:
         assert node.stdout is not None
         uid = int(node.stdout.readline())
@@ -398,7 +398,7 @@ def test_cages_are_strangers_to_each_other(box: Box) -> None:
     # One user for all of them, as is systemd's way with a template, is noticed by the second.
     box.add_unit("mycoswarm-alike", scripted(SERVICE).replace("User=_mct-%i\n", ""))
     box.machine.sh("systemctl daemon-reload; systemctl start mycoswarm-alike.socket")
-    alike = {"do": "beside", "code": code, "socket": "/run/mycoswarm-alike.sock"}
+    alike = {"do": "beside", "code": code, "socket": "/run/mycoswarm-outposts/alike.sock"}
     with pytest.raises(AssertionError, match="another cage runs as the same user"):
         box.as_node(alike)
     assert [first[1:], second[1:]] == [[["a"], []]] * 2
@@ -431,7 +431,7 @@ def test_a_cage_opens_at_once(box: Box) -> None:
 
 
 def test_nobody_but_the_node_opens_cages(box: Box) -> None:
-    code = "import socket; socket.socket(socket.AF_UNIX).connect('/run/mycoswarm-task.sock')"
+    code = "import socket; socket.socket(socket.AF_UNIX).connect('/run/mycoswarm-outposts/task.sock')"
     assert "PermissionError" in box.machine.run("python3", "-c", code, user="alice", check=False).err
     assert box.machine.run("python3", "-c", code).code == 0
 
@@ -579,7 +579,7 @@ def test_children_that_are_asked_first_stay(box: Box) -> None:
     service = scripted(SERVICE).replace("KillSignal=SIGKILL\n", "TimeoutStopSec=4\n")
     box.add_unit("mycoswarm-polite", service)
     box.machine.sh("systemctl daemon-reload; systemctl start mycoswarm-polite.socket")
-    found = box.as_node({"do": "run", "socket": "/run/mycoswarm-polite.sock", "code": CHILDREN})
+    found = box.as_node({"do": "run", "socket": "/run/mycoswarm-outposts/polite.sock", "code": CHILDREN})
     assert found["closed_s"] > 3.5
 
 
@@ -587,5 +587,9 @@ def test_a_unit_has_an_end_of_its_own(box: Box) -> None:
     service = scripted(SERVICE).replace("RuntimeMaxSec=25h", "RuntimeMaxSec=2")
     box.add_unit("mycoswarm-brief", service)
     box.machine.sh("systemctl daemon-reload; systemctl start mycoswarm-brief.socket")
-    request = {"do": "ends", "socket": "/run/mycoswarm-brief.sock", "code": "import time; time.sleep(600)"}
+    request = {
+        "do": "ends",
+        "socket": "/run/mycoswarm-outposts/brief.sock",
+        "code": "import time; time.sleep(600)",
+    }
     assert box.as_node(request) == {"code": "cage-gone"}

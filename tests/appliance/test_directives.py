@@ -80,7 +80,8 @@ same = lambda kind: os.readlink(f"/proc/self/ns/{kind}") == outside[kind]
 status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
 probe("PrivateNetwork", lambda: "host0" in open("/proc/self/net/dev").read())
 probe("RestrictAddressFamilies", lambda: bool(socket.socket(socket.AF_VSOCK)))
-hidden = "/run/dbus/system_bus_socket" if os.path.exists("/run/mycoswarm-lan.sock") else "/etc/mycoswarm"
+is_core = os.path.exists("/run/mycoswarm-outposts")
+hidden = "/run/dbus/system_bus_socket" if is_core else "/etc/mycoswarm"
 probe("InaccessiblePaths", lambda: os.access(hidden, os.F_OK) and bool(os.stat(hidden).st_mode & 0o7777))
 probe("TemporaryFileSystem", lambda: reaches("/run/systemd/journal/socket"))
 probe("ProtectSystem", lambda: not readonly("/usr"))

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.engine, pytest.mark.timeout(3
 PROOF = """
 import socket
 with socket.socket(socket.AF_UNIX) as node:
-    node.connect("/run/mycoswarm-engine.sock")
+    node.connect("/run/mycoswarm-outposts/engine.sock")
     with node.makefile("rb") as lines:
         print(lines.readline().decode())
 """
@@ -45,8 +45,8 @@ attempt("write-engine", lambda: open("/var/lib/mycoswarm-engine/engine/new", "wb
 attempt("socket", lambda: open("/run/mycoswarm-engine/probe", "wb").close())
 attempt("state", lambda: os.listdir("/var/lib/mycoswarm"))
 attempt("api", lambda: unix("/run/mycoswarm/api.sock"))
-attempt("lan", lambda: unix("/run/mycoswarm-lan.sock", socket.SOCK_SEQPACKET))
-attempt("task", lambda: unix("/run/mycoswarm-task.sock"))
+attempt("lan", lambda: unix("/run/mycoswarm-outposts/lan.sock", socket.SOCK_SEQPACKET))
+attempt("task", lambda: unix("/run/mycoswarm-outposts/task.sock"))
 attempt("bus", lambda: unix("/run/dbus/system_bus_socket"))
 attempt("gpu", lambda: open("/dev/nvidiactl", "rb").close())
 with socket.socket(fileno=0) as node:

@@ -34,7 +34,7 @@ os.setuid(user.pw_uid)
 def ask(**request):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
         line.settimeout(10)
-        line.connect("/run/mycoswarm-lan.sock")
+        line.connect("/run/mycoswarm-outposts/lan.sock")
         line.send(json.dumps({"v": 1, **request}).encode())
         answer, fds, _, _ = socket.recv_fds(line, 8192, 1)
     return json.loads(answer), fds

@@ -21,7 +21,7 @@ from mycoswarmd.daemon.clock import SystemClock
 from mycoswarmd.errors import MycoswarmError
 from mycoswarmd.trust.keys import verify
 from mycoswarmd.trust.signer import UnitSigner
-node = UnitSigner(Path("/run/mycoswarm-signer.sock"), clock=SystemClock())
+node = UnitSigner(Path("/run/mycoswarm-outposts/signer.sock"), clock=SystemClock())
 public = node.create()
 said = {"public": public.hex(), "uid": os.getuid()}
 swarm, by = "0" * 64, public.hex()

@@ -208,7 +208,7 @@ def signer(core: Core) -> Iterator[Path]:
     """Be the signer's unit of this core, and yield where it keeps its key."""
     state = core.state.parent / f"signer-{core.state.name}"
     state.mkdir(mode=0o700)
-    with accepting(core.outposts / "mycoswarm-signer.sock", (*SIGNER, str(state))):
+    with accepting(core.outposts / "signer.sock", (*SIGNER, str(state))):
         yield state
 
 
@@ -261,8 +261,8 @@ def test_discovery_is_a_connection_that_is_made_again_when_it_ends(tmp_path: Pat
     with appliance(tmp_path / "ws", settings, POLICY) as core, signer(core):
         core.call("POST", "/api/swarm/init", {"name": "home", "node_name": "ws", "recovery": "ab" * 32})
         # Nobody is there yet: said, and tried again.
-        until(lambda: "cannot start mycoswarm-discovery.sock" in core.log())
-        with accepting(core.outposts / "mycoswarm-discovery.sock", DISCOVERY) as started:
+        until(lambda: "cannot start mycoswarm-discovery" in core.log())
+        with accepting(core.outposts / "discovery.sock", DISCOVERY) as started:
             until(lambda: len(started) == 1)
             started[0].kill()
             until(lambda: len(started) == 2)
@@ -290,8 +290,8 @@ def test_without_the_signers_unit_no_swarm_begins_and_the_node_goes_on(tmp_path:
         core.stop()
         # Started while the unit is broken: it says so, and answers.
         with accepting(core.outposts / "broken", ("/bin/false",)):
-            (core.outposts / "mycoswarm-signer.sock").unlink()
-            (core.outposts / "broken").rename(core.outposts / "mycoswarm-signer.sock")
+            (core.outposts / "signer.sock").unlink()
+            (core.outposts / "broken").rename(core.outposts / "signer.sock")
             core.start()
             assert any("cannot reach the signer" in one for one in problems_of(core))
             assert core.call("GET", "/api/swarm").status == 200

@@ -135,14 +135,14 @@ def test_the_appliances_places_are_the_units_whoever_it_runs_as(
     assert settings.engine_dir == Path("/var/lib/mycoswarm-engine/engine")
     assert settings.engine_runtime_dir == Path("/run/mycoswarm-engine")
     assert settings.policy_file == tmp_path / "policy.toml"
-    assert settings.outpost(Unit.LAN) == Path("/run/mycoswarm-lan.sock")
+    assert settings.outpost(Unit.LAN) == Path("/run/mycoswarm-outposts/lan.sock")
     assert settings.listen is None
     assert settings.cages is CageKind.SYSTEMD
 
 
 def test_the_sockets_of_the_appliance_are_those_of_its_units() -> None:
     for unit in OUTPOSTS:
-        path = UNITS / OUTPOSTS[unit].replace(".sock", ".socket")
+        path = UNITS / f"mycoswarm-{OUTPOSTS[unit]}et"
         assert f"={OUTPOSTS_DIR / OUTPOSTS[unit]}\n" in path.read_text(), path
 
 

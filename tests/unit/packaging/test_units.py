@@ -145,7 +145,9 @@ def test_only_the_core_may_connect_to_the_outposts() -> None:
             assert "SocketMode=0666" in lines
         else:
             assert {"SocketMode=0600", "SocketUser=_mycoswarm"} <= set(lines)
-            assert any(re.fullmatch(rf"Listen\w+=/run/mycoswarm-{unit}\.sock", line) for line in lines)
+            assert any(
+                re.fullmatch(rf"Listen\w+=/run/mycoswarm-outposts/{unit}\.sock", line) for line in lines
+            )
 
 
 def test_the_catalog_explains_every_event_and_no_other() -> None:

@@ -19,7 +19,7 @@ async def unit(directory: Path, program: Program, *, line_bytes: int = 64) -> As
         await program(reader, writer)
         writer.close()
 
-    path = directory / "mycoswarm-x.sock"
+    path = directory / "x.sock"
     server = await asyncio.start_unix_server(run, path)
     try:
         outpost = await connect_outpost(path, line_bytes=line_bytes)
@@ -93,6 +93,6 @@ async def test_killed_the_program_sees_its_end_and_nothing_more_is_sent(tmp_path
 
 async def test_without_a_unit_the_socket_to_look_at_is_named(tmp_path: Path) -> None:
     with pytest.raises(CageError) as caught:
-        await connect_outpost(tmp_path / "mycoswarm-x.sock", line_bytes=64)
-    assert caught.value.message == "cannot start mycoswarm-x.sock: No such file or directory"
+        await connect_outpost(tmp_path / "x.sock", line_bytes=64)
+    assert caught.value.message == "cannot start mycoswarm-x: No such file or directory"
     assert caught.value.hint == "systemctl status mycoswarm-x.socket"

@@ -41,7 +41,7 @@ def groups(tmp_path: Path) -> Path:
 def server(tmp_path: Path) -> Iterator[socket.socket]:
     """A socket that this process listens on, and not PID 1."""
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(tmp_path / "mycoswarm-task.sock"))
+        listening.bind(str(tmp_path / "task.sock"))
         listening.listen()
         yield listening
 
