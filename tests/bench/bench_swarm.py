@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from tests.swarm.attackers.kit import Key, b64, statement
 from tests.swarm.attackers.talk import Talk, as_member, client_context
 from tests.swarm.lab import PORT, Lab, LabNode, read_seed, wait_until, why_not
+from tests.swarm.laptop import Laptop
 
 ANCHORS = 50
 ASKED = 200
@@ -133,9 +135,15 @@ def _ten(lab: Lab) -> list[tuple[str, float, float]]:
     nodes = lab.swarm_of(10)
     status_ms = statistics.median(_ctl(nodes[0], "status") for _ in range(5))
     nodes_ms = statistics.median(_ctl(nodes[0], "nodes") for _ in range(5))
+    with tempfile.TemporaryDirectory() as home:
+        laptop = Laptop(lab.host("laptop"), Path(home))
+        laptop.ok("enroll", "--operator", nodes[0].invite(role="operator", name="anna"))
+        laptop.ok("--node", "n7", "status")  # now it has addresses to try
+        afar_ms = statistics.median(_timed(lambda: laptop.ok("--node", "n7", "status")) for _ in range(5))
     percent, sent_bytes = cost_at_rest(nodes, REST_S)
     return [
         ("mycoswarmctl status with ten nodes, ms", status_ms, 300),
+        ("the same from a laptop, asking one of them, ms", afar_ms, 300),
         ("mycoswarmctl nodes with ten nodes, ms", nodes_ms, 300),
         ("processor of each of ten nodes at rest, %", percent, 0.3),
         ("sent by each of ten nodes at rest, bytes/s", sent_bytes, 0),

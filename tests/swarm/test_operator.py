@@ -1,51 +1,14 @@
 """A laptop without a daemon, on a network of its own: it finds the nodes by their announcements."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.swarm.lab import Host, Lab, wait_until
+from tests.swarm.lab import Lab, wait_until
+from tests.swarm.laptop import Laptop
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(90)]
-
-
-class Laptop:
-    """A person in front of one of the small machines."""
-
-    def __init__(self, host: Host, home: Path) -> None:
-        self.host = host
-        self.home = home
-
-    def ctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        env = (f"HOME={self.home}", f"XDG_DATA_HOME={self.home}", f"XDG_RUNTIME_DIR={self.home}")
-        # As any person but root: root's daemon would be looked for in /run.
-        socket = ("MYCOSWARM_SOCKET=",)
-        return subprocess.run(
-            [
-                *self.host.prefix,
-                "env",
-                *env,
-                *socket,
-                sys.executable,
-                "-m",
-                "mycoswarmd.ctl.main",
-                *arguments,
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def ok(self, *arguments: str) -> dict[str, Any]:
-        ran = self.ctl(*arguments, "--json")
-        assert ran.returncode == 0, (ran.stdout, ran.stderr)
-        value = json.loads(ran.stdout)
-        assert isinstance(value, dict)
-        return value
 
 
 def test_a_laptop_finds_the_swarm_and_follows_a_node_that_moves(lab: Lab, tmp_path: Path) -> None:
