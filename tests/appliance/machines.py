@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -75,7 +76,78 @@ class Captured:
         return [line for line in self.lines if f"> {address}." in line or f"> {address}:" in line]
 
 
-class Machine:
+class Shell(ABC):
+    """A root shell on a machine, whatever kind of machine it is."""
+
+    name: str
+
+    @abstractmethod
+    def run(
+        self,
+        *argv: str,
+        check: bool = True,
+        stdin: str | bytes | None = None,
+        timeout_s: float = 60,
+        user: str | None = None,
+    ) -> Ran:
+        """Run a command in the machine, as root or as this user."""
+
+    def sh(self, script: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None) -> Ran:
+        """Run a shell script in the machine."""
+        return self.run("sh", "-euc", script, check=check, timeout_s=timeout_s, user=user)
+
+    def python(
+        self, source: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None
+    ) -> Ran:
+        """Run Python source with the machine's own interpreter."""
+        return self.run("python3", "-", stdin=source, check=check, timeout_s=timeout_s, user=user)
+
+    def write(self, inside: str, text: str | bytes, *, mode: int = 0o644) -> None:
+        """Write a file on the machine as root does; its directory is made."""
+        data = text.encode() if isinstance(text, str) else text
+        script = 'mkdir -p "$(dirname "$1")"; cat > "$1"; chmod "$2" "$1"'
+        self.run("sh", "-euc", script, "sh", inside, f"{mode:o}", stdin=data)
+
+    def push(self, source: Path, into: str) -> None:
+        """Copy a file or a directory into a directory of the machine, owned by root there."""
+        pack = [
+            "tar",
+            "-C",
+            str(source.parent),
+            "--owner=0",
+            "--group=0",
+            "--exclude=__pycache__",
+            "-c",
+            source.name,
+        ]
+        packed = subprocess.run(pack, check=True, capture_output=True).stdout
+        self.run("sh", "-euc", 'mkdir -p "$1"; tar -C "$1" -x', "sh", into, stdin=packed)
+
+    def listening(self) -> set[int]:
+        """Return the TCP and UDP ports that anything listens on (ss may lack the kernel's help here)."""
+        ports = set()
+        for table, listens in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+            for line in self.run("cat", f"/proc/net/{table}").out.splitlines()[1:]:
+                _, local, _, state, *_ = line.split()
+                if state == listens:
+                    ports.add(int(local.rpartition(":")[2], 16))
+        return ports
+
+    def journal(self, *filters: str) -> str:
+        """Return what the journal says, newest boot only."""
+        return self.run("journalctl", "--no-pager", "-b", "-o", "short-monotonic", *filters, check=False).out
+
+    def wait_until(self, script: str, *, within_s: float = 20) -> None:
+        """Wait until a shell condition holds on the machine."""
+        waiting = f"while ! {{ {script}; }} >/dev/null 2>&1; do sleep 0.1; done"
+        try:
+            self.run("sh", "-c", waiting, timeout_s=within_s)
+        except subprocess.TimeoutExpired:
+            why = self.run("sh", "-c", script, check=False)
+            raise CommandFailed(f"on {self.name}: not within {within_s} s: {why}") from None
+
+
+class Machine(Shell):
     """One machine: `run` is a root shell on it, `pull_plug` and `plug_in` are what they say."""
 
     def __init__(
@@ -236,16 +308,6 @@ class Machine:
             raise CommandFailed(f"on {self.name}: {ran}")
         return ran
 
-    def sh(self, script: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None) -> Ran:
-        """Run a shell script in the machine."""
-        return self.run("sh", "-euc", script, check=check, timeout_s=timeout_s, user=user)
-
-    def python(
-        self, source: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None
-    ) -> Ran:
-        """Run Python source with the machine's own interpreter."""
-        return self.run("python3", "-", stdin=source, check=check, timeout_s=timeout_s, user=user)
-
     @contextmanager
     def start(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
         """Run a command beside the test; it is killed when the context ends."""
@@ -270,53 +332,9 @@ class Machine:
         """Return where the machine's own layer keeps a path, also while it is off."""
         return self._home / "disk" / inside.lstrip("/")
 
-    def write(self, inside: str, text: str | bytes, *, mode: int = 0o644) -> None:
-        """Write a file on the machine as root does; its directory is made."""
-        data = text.encode() if isinstance(text, str) else text
-        script = 'mkdir -p "$(dirname "$1")"; cat > "$1"; chmod "$2" "$1"'
-        self.run("sh", "-euc", script, "sh", inside, f"{mode:o}", stdin=data)
-
-    def push(self, source: Path, into: str) -> None:
-        """Copy a file or a directory into a directory of the machine, owned by root there."""
-        pack = [
-            "tar",
-            "-C",
-            str(source.parent),
-            "--owner=0",
-            "--group=0",
-            "--exclude=__pycache__",
-            "-c",
-            source.name,
-        ]
-        packed = subprocess.run(pack, check=True, capture_output=True).stdout
-        self.run("sh", "-euc", 'mkdir -p "$1"; tar -C "$1" -x', "sh", into, stdin=packed)
-
-    def listening(self) -> set[int]:
-        """Return the TCP and UDP ports that anything listens on (ss may lack the kernel's help here)."""
-        ports = set()
-        for table, listens in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
-            for line in self.run("cat", f"/proc/net/{table}").out.splitlines()[1:]:
-                _, local, _, state, *_ = line.split()
-                if state == listens:
-                    ports.add(int(local.rpartition(":")[2], 16))
-        return ports
-
-    def journal(self, *filters: str) -> str:
-        """Return what the journal says, newest boot only."""
-        return self.run("journalctl", "--no-pager", "-b", "-o", "short-monotonic", *filters, check=False).out
-
     def console(self) -> str:
         """Return the end of what the machine wrote to its console."""
         return (self._home / "console.log").read_text("utf-8", "replace")[-4000:]
-
-    def wait_until(self, script: str, *, within_s: float = 20) -> None:
-        """Wait until a shell condition holds on the machine."""
-        waiting = f"while ! {{ {script}; }} >/dev/null 2>&1; do sleep 0.1; done"
-        try:
-            self.run("sh", "-c", waiting, timeout_s=within_s)
-        except subprocess.TimeoutExpired:
-            why = self.run("sh", "-c", script, check=False)
-            raise CommandFailed(f"on {self.name}: not within {within_s} s: {why}") from None
 
     @contextmanager
     def captured(self) -> Iterator[Captured]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.appliance.machines import Lab, Machine, Ran
+from tests.appliance.machines import Lab, Machine, Ran, Shell
 
 ROOT = Path(__file__).parents[2]
 ENGINE_PORT = 8000
@@ -68,26 +68,26 @@ def installed_layer(lab: Lab, image: Path, deb: Path, *, suite: str) -> Path:
     return home / "disk"
 
 
-def apt(machine: Machine, *argv: str, check: bool = True) -> Ran:
+def apt(machine: Shell, *argv: str, check: bool = True) -> Ran:
     """Run apt-get on the machine."""
     options = ["-y", "-o", "Dpkg::Options::=--force-confold"]
     return machine.run("apt-get", *options, *argv, check=check, timeout_s=180)
 
 
-def install(machine: Machine, deb: Path) -> Ran:
+def install(machine: Shell, deb: Path) -> Ran:
     """Install the package on a running machine, as a person does."""
     machine.write(f"/root/{deb.name}", deb.read_bytes())
     return apt(machine, "install", f"/root/{deb.name}")
 
 
 def ctl(
-    machine: Machine, *argv: str, check: bool = True, user: str | None = None, timeout_s: float = 60
+    machine: Shell, *argv: str, check: bool = True, user: str | None = None, timeout_s: float = 60
 ) -> Ran:
     """Run mycoswarmctl on the machine."""
     return machine.run("mycoswarmctl", *argv, check=check, user=user, timeout_s=timeout_s)
 
 
-def ctl_json(machine: Machine, *argv: str, user: str | None = None, timeout_s: float = 60) -> dict[str, Any]:
+def ctl_json(machine: Shell, *argv: str, user: str | None = None, timeout_s: float = 60) -> dict[str, Any]:
     """Run mycoswarmctl with --json and return what it prints."""
     ran = ctl(machine, *argv, "--json", user=user, timeout_s=timeout_s)
     value = json.loads(ran.out)
@@ -95,12 +95,12 @@ def ctl_json(machine: Machine, *argv: str, user: str | None = None, timeout_s: f
     return value
 
 
-def wait_ready(machine: Machine, *, within_s: float = 30) -> None:
+def wait_ready(machine: Shell, *, within_s: float = 30) -> None:
     """Wait until the node answers."""
     machine.wait_until("mycoswarmctl status", within_s=within_s)
 
 
-def start_engine(machine: Machine, *, pause_s: float = 0.0) -> None:
+def start_engine(machine: Shell, *, pause_s: float = 0.0) -> None:
     """Start the fake engine beside the node and declare it in the settings."""
     machine.push(ROOT / "tests/upstream.py", "/opt/fake/tests")
     machine.push(ROOT / "tests/appliance/fake_engine.py", "/opt/fake/tests/appliance")
@@ -110,7 +110,7 @@ def start_engine(machine: Machine, *, pause_s: float = 0.0) -> None:
         machine.write(SETTINGS, text + ENGINE_TABLE)
 
 
-def restart_engine(machine: Machine, *, pause_s: float = 0.0) -> None:
+def restart_engine(machine: Shell, *, pause_s: float = 0.0) -> None:
     """Start the fake engine, its script from the beginning."""
     machine.sh("systemctl stop fake-engine 2>/dev/null || true; rm -f /tmp/asked")
     unit = ["systemd-run", "--quiet", "--unit=fake-engine", "--working-directory=/opt/fake"]
@@ -118,7 +118,7 @@ def restart_engine(machine: Machine, *, pause_s: float = 0.0) -> None:
     machine.wait_until("test -e /tmp/asked")
 
 
-def asked(machine: Machine) -> list[dict[str, Any]]:
+def asked(machine: Shell) -> list[dict[str, Any]]:
     """Return the bodies of all requests that the fake engine got."""
     return [json.loads(line) for line in machine.run("cat", "/tmp/asked").out.splitlines()]
 
@@ -141,22 +141,22 @@ def in_parallel(*work: Any) -> list[Any]:
         return [future.result() for future in [pool.submit(one) for one in work]]
 
 
-def names(machine: Machine) -> set[str]:
+def names(machine: Shell) -> set[str]:
     """Return the names of the members as this node knows them."""
     return {str(row["name"]) for row in ctl_json(machine, "nodes")["nodes"]}
 
 
-def invite(machine: Machine, name: str) -> str:
+def invite(machine: Shell, name: str) -> str:
     """Make a code for one newcomer."""
     return str(ctl_json(machine, "invite", "--no-wait", "--name", name)["code"])
 
 
-def submit(machine: Machine, prompt: str, *argv: str) -> str:
+def submit(machine: Shell, prompt: str, *argv: str) -> str:
     """Post a task for the model `agent`; return its id once it was acknowledged."""
     return ctl(machine, "submit", "--model", "agent", *argv, prompt).out.strip()
 
 
-def wait_task(machine: Machine, task_id: str, *, within_s: float = 60) -> dict[str, Any]:
+def wait_task(machine: Shell, task_id: str, *, within_s: float = 60) -> dict[str, Any]:
     """Wait until a task has ended and return it."""
     condition = f'mycoswarmctl task {task_id} --json | grep -Eq \'"state": ?"({"|".join(sorted(FINAL))})"\''
     machine.wait_until(condition, within_s=within_s)
