@@ -40,9 +40,7 @@ _BUILD_AGENT = (
     "import pathlib, sys; from mycoswarmd.sandbox.zipapp import build_agent; "
     "pathlib.Path(sys.argv[1]).open('xb').write(build_agent())"
 )
-# An sdist's own code would run as root. This one dependency has never had a wheel; its code is the node's
-# code anyway.
-_WHEELS_ONLY = ("--only-binary", ":all:", "--no-binary", "sdnotify")
+_WHEELS_ONLY = ("--only-binary", ":all:")  # an sdist's own code would run as root
 _PIP_S = 900
 _SYSTEM_S = 180
 

@@ -6,15 +6,16 @@ Source: sd_listen_fds(3), sd_notify(3), systemd.socket(5).
 """
 
 import asyncio
+import logging
 import os
 import socket
 import stat
 
-import sdnotify
-
 from mycoswarmd.daemon.settings import take_variables
 from mycoswarmd.errors import ConfigError
 from mycoswarmd.flow.ports import Clock
+
+log = logging.getLogger(__name__)
 
 # FileDescriptorName= of the socket that local callers connect to.
 API = "api"
@@ -76,30 +77,43 @@ class Manager:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._notifier = sdnotify.SystemdNotifier()
+        where = take_variables("NOTIFY_SOCKET").get("NOTIFY_SOCKET", "")
+        self._where = "\0" + where[1:] if where.startswith("@") else where
         self._watchdog_s = _watchdog_s()
-        take_variables("NOTIFY_SOCKET")
 
     def ready(self, status: str) -> None:
         """Say that the node answers, also after a reload."""
-        self._notifier.notify(f"READY=1\nSTATUS={status}")
+        self._tell(f"READY=1\nSTATUS={status}")
 
     def reloading(self) -> None:
         """Say that the policy is being read again; `ready` must follow."""
         now_us = int(self._clock.monotonic_s() * 1_000_000)
-        self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={now_us}")
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={now_us}")
 
     def stopping(self) -> None:
         """Say that the node ends because it was told to."""
-        self._notifier.notify("STOPPING=1\nSTATUS=stopping")
+        self._tell("STOPPING=1\nSTATUS=stopping")
+
+    def failed(self, why: str) -> None:
+        """Say why this process ends: `systemctl status` shows it until the next start."""
+        self._tell(f"STATUS={' '.join(why.split())}")
 
     async def watch(self) -> None:
         """Say again and again that the loop turns, as often as is asked for; until cancelled."""
         if self._watchdog_s is None:
             return
         while True:
-            self._notifier.notify("WATCHDOG=1")
+            self._tell("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s * _OF_WATCHDOG)
+
+    def _tell(self, what: str) -> None:
+        if not self._where:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+                out.sendto(what.encode("utf-8", "replace"), self._where)
+        except OSError as exc:  # nothing of the node's work depends on it
+            log.warning("systemd could not be told %r: %s", what.partition("\n")[0], exc.strerror)
 
 
 def _watchdog_s() -> float | None:

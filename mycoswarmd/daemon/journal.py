@@ -23,6 +23,7 @@ IDENTIFIER: Final = "mycoswarmd"
 EVENTS: Final[Mapping[str, str]] = {
     "ready":           "468f11ef4dbb436c82b5a5261acb99d9",  # answers on its socket
     "stopping":        "0d2eb5ad79d948bd8d15a4aa6b5e96ca",  # was told to
+    "cannot-run":      "f121e5eda4e34a21a61162dce77eb6a7",  # what it needs is missing or broken
     "policy-reloaded": "c38b7d21f6c34f6abb4c8aba5cb73df7",  # another policy is in force
     "policy-broken":   "5ae944fa4bd84c45858ba7869ccf1078",  # its file cannot be used; the old one stays
     "cage-proved":     "1e5dd22fa36f4854b8a04136095e4139",  # the cages of tasks proved themselves

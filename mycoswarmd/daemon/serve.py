@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from asyncio import sslproto
 from dataclasses import replace
 from pathlib import Path
@@ -51,25 +52,36 @@ def run_forever(
     os.umask(0o077)
     _raise_file_limit()
     sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
-    settings = load_settings(
-        Options(
-            state=state,
-            config=config,
-            policy=policy,
-            listen=listen,
-            swarm_listen=swarm_listen,
-            log_level=log_level,
-            appliance=appliance,
-            outposts=outposts,
-        )
+    manager = Manager(SystemClock())
+    options = Options(
+        state=state,
+        config=config,
+        policy=policy,
+        listen=listen,
+        swarm_listen=swarm_listen,
+        log_level=log_level,
+        appliance=appliance,
+        outposts=outposts,
     )
+    try:
+        _run(options, manager)
+    except MycoswarmError as exc:
+        manager.failed(str(exc))
+        if not appliance:
+            raise
+        log.error("%s", exc, extra={"event": "cannot-run"})  # noqa: TRY400
+        sys.exit(exc.exit_code)
+
+
+def _run(options: Options, manager: Manager) -> None:
+    settings = load_settings(options)
     api_socket, is_held = None, False
-    if appliance:
+    if settings.appliance:
         is_held = forbid_tcp()  # before the first thread
         api_socket = take_api_socket()
         settings = replace(settings, runtime_dir=Path(api_socket.getsockname()).parent)
     try:
-        asyncio.run(_serve(settings, api_socket, is_held=is_held))
+        asyncio.run(_serve(settings, api_socket, manager, is_held=is_held))
     except ExceptionGroup as group:
         deliberate = group.subgroup(MycoswarmError)
         if deliberate is None:
@@ -85,13 +97,14 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _serve(settings: Settings, api_socket: socket.socket | None, *, is_held: bool) -> None:
+async def _serve(
+    settings: Settings, api_socket: socket.socket | None, manager: Manager, *, is_held: bool
+) -> None:
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
-    manager = Manager(SystemClock())
     async with asyncio.TaskGroup() as group:
         watch = group.create_task(
             manager.watch(), name="watchdog"
