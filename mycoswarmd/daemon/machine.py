@@ -11,6 +11,7 @@ from mycoswarmd import __version__
 from mycoswarmd.core.tasks import TaskState
 from mycoswarmd.core.types import SandboxLevel, Unknown
 from mycoswarmd.daemon.door import ProgramDoor
+from mycoswarmd.daemon.gpuwatch import CURES, LOOK
 from mycoswarmd.daemon.ownfacts import OwnFacts
 from mycoswarmd.daemon.policyfile import PolicyKeeper
 from mycoswarmd.daemon.security import Security
@@ -63,6 +64,7 @@ class NodeMachine:
 
     async def status(self) -> Mapping[str, object]:
         """Report everything that `mycoswarmctl status` shows."""
+        self._facts.watch.want()
         problems = self._problems()
         gpus, host, cages = self._facts.gpus, self._facts.host, self._facts.capability()
         keeper = self._policy
@@ -99,6 +101,11 @@ class NodeMachine:
                 "memory_bytes": host.memory_bytes,
                 "own_memory_bytes": own_memory_bytes(),
                 "gpus": [asdict(gpu) for gpu in gpus.found],
+                "gpu_reading": {
+                    "result": gpus.reading.value,
+                    "driver": gpus.driver,
+                    "detail": gpus.detail,
+                },
                 "tier": tier_of(host, gpus.found),
             },
         }
@@ -164,8 +171,15 @@ class NodeMachine:
             for fact in self._facts.capability().facts
         ]
         checks += await asyncio.to_thread(_open_engines)
-        checks.append(_check("gpu", is_ok=True, detail=self._facts.gpus.detail))
+        checks.append(self._gpu_check())
         return checks
+
+    def _gpu_check(self) -> dict[str, object]:
+        """What was read of cards; a card without any driver is found by who sees the machine itself."""
+        gpus = self._facts.gpus
+        cards = "; ".join(f"{gpu.name}, {gpu.memory_bytes >> 20} MiB" for gpu in gpus.found)
+        detail = f"{cards}; driver {gpus.driver}" if cards else gpus.detail
+        return _check("gpu", is_ok=gpus.is_known, detail=detail, fix=CURES.get(gpus.reading, LOOK))
 
     def _problems(self) -> list[str]:
         problems = [self._policy.problem] if self._policy.problem else []
@@ -175,7 +189,10 @@ class NodeMachine:
             )
         if self._facts.capability().level is SandboxLevel.NONE:
             problems.append("no cage can be built here: tasks will be refused (mycoswarmctl doctor)")
-        problems += [*self._security.problems(), *filter(None, [self._door.problem])]
+        problems += [
+            *self._security.problems(),
+            *filter(None, [self._door.problem, self._facts.watch.problem()]),
+        ]
         problems += [
             f"engine {health.name} is down: {health.detail}"
             for health in (engine.health() for engine in self._engines)

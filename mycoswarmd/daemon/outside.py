@@ -16,15 +16,18 @@ from mycoswarmd.daemon.settings import CageKind, Settings
 from mycoswarmd.errors import ConfigError
 from mycoswarmd.fleet.discovery import OutpostProcess
 from mycoswarmd.flow.ports import CageMaker, Dial
+from mycoswarmd.inventory.gpu import has_driver
 from mycoswarmd.outposts.dialing import LanDialer
 from mycoswarmd.sandbox.bwrap import BubblewrapCages
 from mycoswarmd.sandbox.outpost import connect_outpost, start_outpost
 from mycoswarmd.sandbox.systemdcage import SystemdCages
 from mycoswarmd.sandbox.zipapp import build_agent
+from mycoswarmd.wire import probing
 from mycoswarmd.wire.hints import LINE_BYTES
 from mycoswarmd.wire.proof import Unit
 
 DISCOVERY_MODULE = "mycoswarmd.outposts.discovery"
+PROBE_MODULE = "mycoswarmd.daemon.probeunit"
 
 Listen = Callable[[str, int, str], Awaitable[socket.socket]]
 
@@ -38,6 +41,7 @@ class Outside:
         dial: the same, as engines take it.
         listen: makes a listening socket for a host and a port; ConfigError with the given hint.
         start_discovery: starts the process that speaks mDNS.
+        start_probe: starts the process that reads graphics cards; None where there is nothing to read.
         cages: builds the cages of tasks.
     """
 
@@ -45,6 +49,7 @@ class Outside:
     dial: Dial | None
     listen: Listen
     start_discovery: Callable[[], Awaitable[OutpostProcess]]
+    start_probe: Callable[[], Awaitable[OutpostProcess]] | None
     cages: CageMaker
 
 
@@ -56,6 +61,7 @@ def make_outside(settings: Settings) -> Outside:
             dial=None,
             listen=_bind,
             start_discovery=partial(start_outpost, DISCOVERY_MODULE, line_bytes=LINE_BYTES),
+            start_probe=_read_by_child if has_driver() else None,
             cages=make_cages(settings),
         )
     lan = LanDialer(settings.outpost(Unit.LAN))
@@ -65,6 +71,8 @@ def make_outside(settings: Settings) -> Outside:
         dial=lan.connect,
         listen=partial(_have_bound, lan),
         start_discovery=partial(connect_outpost, discovery, line_bytes=LINE_BYTES),
+        # Whether there is a driver cannot be seen from here.
+        start_probe=partial(connect_outpost, settings.outpost(Unit.PROBE), line_bytes=probing.LINE_BYTES),
         cages=make_cages(settings),
     )
 
@@ -74,6 +82,10 @@ def make_cages(settings: Settings) -> CageMaker:
     if settings.cages is CageKind.BUBBLEWRAP:
         return BubblewrapCages(build_agent(), settings.runtime_dir)
     return SystemdCages(settings.outpost(Unit.TASK))
+
+
+async def _read_by_child() -> OutpostProcess:
+    return await start_outpost(PROBE_MODULE, line_bytes=probing.LINE_BYTES)
 
 
 async def _bind(host: str, port: int, hint: str) -> socket.socket:

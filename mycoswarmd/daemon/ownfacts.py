@@ -1,15 +1,15 @@
 """What the policy is told about this node: its name, its size, what its cages hold; kept current."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+from mycoswarmd.daemon.gpuwatch import GpuWatch
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.flow.prompt import Node, Prompts
 from mycoswarmd.flow.swarm import Swarm
-from mycoswarmd.inventory.gpu import Gpus, read_gpus
 from mycoswarmd.inventory.host import read_host, tier_of
 from mycoswarmd.sandbox.capability import Capability
+from mycoswarmd.wire.probing import Gpus
 
 
 class OwnFacts:
@@ -17,16 +17,22 @@ class OwnFacts:
 
     Attributes:
         host: what this machine is.
-        gpus: what was found of them so far.
+        watch: who keeps what is known of graphics cards.
         capability: what cages can be here just now.
     """
 
-    def __init__(self, settings: Settings, capability: Callable[[], Capability]) -> None:
+    def __init__(self, settings: Settings, capability: Callable[[], Capability], watch: GpuWatch) -> None:
         self._settings = settings
         self._prompts: Prompts | None = None
         self.capability = capability
         self.host = read_host()
-        self.gpus = Gpus(found=(), detail="not read yet")
+        self.watch = watch
+        watch.on_change = self._take_tier
+
+    @property
+    def gpus(self) -> Gpus:
+        """What is known of graphics cards."""
+        return self.watch.gpus
 
     def node(self) -> Node:
         """Return what is known before there is a roster."""
@@ -51,9 +57,8 @@ class OwnFacts:
             level = self.capability().level
             self._prompts.node = replace(self._prompts.node, sandbox=level)
 
-    async def look_at_gpus(self) -> None:
-        """Find out about GPUs, which takes a while."""
-        self.gpus = await asyncio.to_thread(read_gpus)
+    def _take_tier(self) -> None:
+        """Be of the class that the cards make of this machine."""
         if self._prompts is not None:
             tier = tier_of(self.host, self.gpus.found)
             self._prompts.node = replace(self._prompts.node, tier=tier)

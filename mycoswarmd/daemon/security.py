@@ -34,7 +34,7 @@ _FIRST_TRIAL_S = 15.0
 _TRIAL = CageSpec(
     task_id="trial", attempt=0, read_paths=(), write_paths=(), programs=(), limits=Limits(wall_s=30)
 )
-_UNITS = (Unit.CORE, Unit.LAN, Unit.DISCOVERY, Unit.ENGINE, Unit.SIGNER)
+_UNITS = (Unit.CORE, Unit.LAN, Unit.DISCOVERY, Unit.ENGINE, Unit.PROBE, Unit.SIGNER)
 _CAGE_HINT = "systemctl status mycoswarm-task.socket; journalctl -u 'mycoswarm-task@*'"
 
 

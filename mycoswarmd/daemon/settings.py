@@ -40,6 +40,7 @@ OUTPOSTS: Final[Mapping[Unit, str]] = {
     Unit.TASK: "task.sock",
     Unit.ENGINE: "engine.sock",
     Unit.SIGNER: "signer.sock",
+    Unit.PROBE: "probe.sock",
 }
 _MAX_FILE_BYTES = 64 << 10
 _ENGINE_KINDS = ("ollama", "openai")

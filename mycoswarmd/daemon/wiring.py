@@ -22,6 +22,7 @@ from mycoswarmd.core.policy.model import Policy
 from mycoswarmd.daemon.backup import backup
 from mycoswarmd.daemon.clock import SystemClock, SystemEntropy
 from mycoswarmd.daemon.door import ProgramDoor, program_listener
+from mycoswarmd.daemon.gpuwatch import GpuWatch
 from mycoswarmd.daemon.machine import NodeMachine
 from mycoswarmd.daemon.outside import Outside, make_outside
 from mycoswarmd.daemon.ownfacts import OwnFacts
@@ -180,7 +181,8 @@ async def running_node(settings: Settings, api_socket: socket.socket | None = No
         task_store, approvals = SqliteTaskStore(db, rank=rank), SqliteApprovalStore(db)
         blobs = DirectoryBlobStore(settings.state_dir / "blobs", max_bytes=_BLOB_BYTES)
         await blobs.sweep(await task_store.blobs())
-        facts = OwnFacts(settings, await find_capability(settings, cages))
+        watch = GpuWatch(outside.start_probe, clock=clock, proved=security.note)
+        facts = OwnFacts(settings, await find_capability(settings, cages), watch)
         engines = make_engines(settings, outside, keeper, clock, proved=security.note)
         desk = ApprovalDesk(
             policy=lambda: keeper.policy,
@@ -255,7 +257,7 @@ async def running_node(settings: Settings, api_socket: socket.socket | None = No
             "receipts": receipts.run,
             "keys": keys.run,
             "tasks": tasks.run,
-            "gpus": facts.look_at_gpus,
+            "gpus": watch.run,
             "beacons": swarm.run,
             "membership": partial(parts.membership.run, api),
             "word": word.run,

@@ -1,1 +1,1 @@
-"""What this machine is: host, GPU. The only importer of psutil and pynvml."""
+"""What this machine is: host, GPU. The only importer of psutil, and of the NVIDIA driver's library."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from mycoswarmd.inventory.gpu import Gpu
+from mycoswarmd.wire.probing import Gpu
 
 # Thresholds in bytes of the largest GPU's memory; below the last, processors decide.
 _TIERS = ((20_000 << 20, "executive"), (7_000 << 20, "specialist"), (3_500 << 20, "worker"))

@@ -28,6 +28,7 @@ class Unit(StrEnum):
     ENGINE = "engine"
     TASK = "task"
     SIGNER = "signer"
+    PROBE = "probe"
 
 
 class CheckName(StrEnum):

@@ -16,6 +16,7 @@ SERVICES = {
     "lan": "mycoswarm-lan.service",
     "discovery": "mycoswarm-discovery@.service",
     "engine": "mycoswarm-engine@.service",
+    "probe": "mycoswarm-probe@.service",
     "signer": "mycoswarm-signer@.service",
 }
 # How a unit starts, where it writes and who brings it back is of no concern to a probe.

@@ -20,6 +20,8 @@ UNITS = (
     "mycoswarm-task@.service",
     "mycoswarm-engine.socket",
     "mycoswarm-engine@.service",
+    "mycoswarm-probe.socket",
+    "mycoswarm-probe@.service",
     "mycoswarm-signer.socket",
     "mycoswarm-signer@.service",
 )

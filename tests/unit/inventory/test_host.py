@@ -2,8 +2,9 @@
 
 import pytest
 
-from mycoswarmd.inventory.gpu import Gpu, read_gpus
+from mycoswarmd.inventory.gpu import read_gpus
 from mycoswarmd.inventory.host import Host, read_host, tier_of
+from mycoswarmd.wire.probing import Gpu
 
 GIB = 1 << 30
 
