@@ -12,12 +12,14 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from mycoswarmd.ctl import unitstate
 from mycoswarmd.ctl.refusals import refusal
 from mycoswarmd.errors import LocalProtocolError, Unreachable
 
 # A unix socket answers at once or not at all; a long queue of connections is worth a moment.
 _CONNECT_S = 5.0
 _NATURAL_S = 1.5
+_LOOK_S = 0.5
 _ERROR_BYTES = 1 << 20
 _PIECE_BYTES = 64 << 10
 
@@ -93,13 +95,21 @@ def open_answer(
 ) -> Iterator[HttpAnswer]:
     """Send a request to the socket at `path` and yield the head of its answer; see `exchange`."""
     connection = _Connection(path, timeout_s)
+    has_unit = unitstate.is_service(path)
     try:
         connection.connect()
     except OSError as exc:
         connection.close()
-        raise _not_there(path, exc) from exc
+        raise (has_unit and unitstate.stopped()) or _not_there(path, exc) from exc
     with exchange(
-        connection, method, target, body, headers, who=f"the daemon at {str(path)!r}", on_wait=on_wait
+        connection,
+        method,
+        target,
+        body,
+        headers,
+        who=f"the daemon at {str(path)!r}",
+        on_wait=on_wait,
+        look=unitstate.may_answer_yet if has_unit else None,
     ) as answer:
         yield answer
 
@@ -114,6 +124,7 @@ def exchange(
     *,
     who: str,
     on_wait: Callable[[], None] | None = None,
+    look: Callable[[], bool] | None = None,
     on_head: Callable[[Mapping[str, str]], None] | None = None,
     keeps: bool = False,
 ) -> Iterator[HttpAnswer]:
@@ -128,6 +139,7 @@ def exchange(
         headers: further headers.
         who: what the other side is called in errors.
         on_wait: called once, when it is silent for longer than people find natural.
+        look: called again and again while it is silent, until it returns False; may raise Unreachable.
         on_head: called with the headers of any answer, of a refusal too.
         keeps: leave the connection open for another request, where the answer was read to its end.
     """
@@ -136,8 +148,7 @@ def exchange(
         # A refused upload breaks the pipe; the answer that says why is there already.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(method, target, body, dict(headers))
-        if on_wait is not None and not select.select([connection.sock], [], [], _NATURAL_S)[0]:
-            on_wait()
+        _await_answer(connection.sock, on_wait, look)
         with connection.getresponse() as response:
             answer = HttpAnswer(response)
             if on_head is not None:
@@ -160,6 +171,22 @@ def exchange(
     finally:
         if not is_kept:
             connection.close()
+
+
+def _await_answer(
+    sock: socket.socket, on_wait: Callable[[], None] | None, look: Callable[[], bool] | None
+) -> None:
+    """Return when an answer comes, or when there is nothing to do but wait."""
+    silent_s = 0.0
+    while on_wait is not None or look is not None:
+        if select.select([sock], [], [], _LOOK_S)[0]:
+            return
+        silent_s += _LOOK_S
+        if on_wait is not None and silent_s >= _NATURAL_S:
+            on_wait()
+            on_wait = None
+        if look is not None and not look():
+            look = None
 
 
 def _too_large(at_most_bytes: int) -> LocalProtocolError:
