@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -176,14 +176,14 @@ def test_programs_come_in_where_the_dialer_listens(tmp_path: Path, engine: Upstr
     with appliance(tmp_path, settings, POLICY) as core:
         secret = core.call("POST", "/api/keys", {"name": "laptop"}).json["secret"]
         until(lambda: "listening for programs" in core.log())
+        until(lambda: core.call("GET", "/api/models").json["models"])
         assert core.call("GET", "/api/status").json["listeners"][1] == f"http://127.0.0.1:{port}"
-        program = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        program.request("GET", "/v1/models", headers={"Authorization": f"Bearer {secret}"})
-        answer = program.getresponse()
-        assert (answer.status, b'"ok"' in answer.read()) == (200, True)
-        program.request("GET", "/v1/models")
-        assert program.getresponse().status == 401
-        program.close()
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as program:
+            program.request("GET", "/v1/models", headers={"Authorization": f"Bearer {secret}"})
+            answer = program.getresponse()
+            assert (answer.status, b'"ok"' in answer.read()) == (200, True)
+            program.request("GET", "/v1/models")
+            assert program.getresponse().status == 401
 
 
 def test_a_taken_port_is_a_problem_and_no_end(tmp_path: Path) -> None:
