@@ -76,6 +76,8 @@ def service_files(share: Path) -> Iterator[Placed]:
     yield Placed("etc/tmpfiles.d/mycoswarm.conf", (units / "tmpfiles.conf").read_text("utf-8"))
     cages = (units / "mycoswarm-task.tmpfiles.conf").read_text("utf-8")
     yield Placed("etc/tmpfiles.d/mycoswarm-task.conf", cages)
+    cards = (units / "engine-gpu.conf").read_text("utf-8")
+    yield Placed(f"{_HOME.lstrip('/')}/share/engine-gpu.conf", cards)
     for path in sorted(launchers.glob("*/*")):
         where = f"{_HOME.lstrip('/')}/{path.parent.name}/{path.name}"
         yield Placed(where, _moved(path.read_text("utf-8")), mode=0o755)
