@@ -9,8 +9,9 @@ RUNTIME_STAMP := $(VENV)/.installed
 # Programs of the distribution that the node and its tests start.
 RUN_PACKAGES := bubblewrap libgomp1 libstdc++6 python3 python3-venv
 TEST_PACKAGES := $(RUN_PACKAGES) git procps strace iproute2 util-linux gcc libc6-dev pandoc man-db tshark nmap
-# What builds the package, and what boots machines to install it on.
+# What builds the package, and what boots machines to install it on, some with a kernel of their own.
 TEST_PACKAGES += dpkg-dev debhelper dh-python systemd-container mmdebstrap debian-archive-keyring tcpdump
+TEST_PACKAGES += qemu-system-x86 e2fsprogs
 PARALLEL ?= 2
 
 .PHONY: help demo test lint appliance bench man deb clean
@@ -41,17 +42,19 @@ deb:  ## build the Debian package into build/deb
 # What builds the package and looks at it.
 TEST_PACKAGES += dpkg-dev debhelper dh-python lintian
 
-$(RUNTIME_STAMP): pyproject.toml packaging/install-packages
+$(RUNTIME_STAMP): pyproject.toml packaging/lock.txt packaging/install-packages
 	@packaging/install-packages $(RUN_PACKAGES)
 	@echo "installing the node into $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --require-hashes --requirement packaging/lock.txt
 	@$(BIN)/pip install --quiet --progress-bar on --editable .
 	@touch $@
 
-$(STAMP): pyproject.toml packaging/install-packages
+$(STAMP): pyproject.toml packaging/lock.txt packaging/install-packages
 	@packaging/install-packages $(TEST_PACKAGES)
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/pip install --quiet --require-hashes --requirement packaging/lock.txt
 	@$(BIN)/pip install --quiet --editable . --group dev
 	@touch $@ $(RUNTIME_STAMP)
 
@@ -70,3 +73,11 @@ sbom: $(RUNTIME_STAMP)  ## write what the product is made of (CycloneDX) into bu
 	@$(BIN)/python packaging/sbom build/sbom.json
 
 .PHONY: sbom
+
+lock:  ## write the newest libraries that fit, with their hashes, into packaging/lock.txt
+	@$(PYTHON) -m venv build/lock
+	@build/lock/bin/pip install --quiet uv
+	@build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes --no-header \
+	  --no-annotate --output-file packaging/lock.txt pyproject.toml
+
+.PHONY: lock

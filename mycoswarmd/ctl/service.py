@@ -40,7 +40,6 @@ _BUILD_AGENT = (
     "import pathlib, sys; from mycoswarmd.sandbox.zipapp import build_agent; "
     "pathlib.Path(sys.argv[1]).open('xb').write(build_agent())"
 )
-_WHEELS_ONLY = ("--only-binary", ":all:")  # an sdist's own code would run as root
 _PIP_S = 900
 _SYSTEM_S = 180
 
@@ -76,6 +75,8 @@ def service_files(share: Path) -> Iterator[Placed]:
     yield Placed("etc/tmpfiles.d/mycoswarm.conf", (units / "tmpfiles.conf").read_text("utf-8"))
     cages = (units / "mycoswarm-task.tmpfiles.conf").read_text("utf-8")
     yield Placed("etc/tmpfiles.d/mycoswarm-task.conf", cages)
+    catalog = (units / "mycoswarm.catalog").read_text("utf-8")
+    yield Placed("usr/local/lib/systemd/catalog/mycoswarm.catalog", catalog)
     cards = (units / "engine-gpu.conf").read_text("utf-8")
     yield Placed(f"{_HOME.lstrip('/')}/share/engine-gpu.conf", cards)
     for path in sorted(launchers.glob("*/*")):
@@ -195,7 +196,7 @@ class Service:
         for placed in placed_files:  # all are looked at before anything is made
             self._firm(placed.path)
         command = self._command()
-        self._make_environment(source)
+        self._make_environment(source, share / "lock.txt")
         for placed in placed_files:
             self._place(placed)
         self._make_agent()
@@ -206,6 +207,7 @@ class Service:
             self._system("systemd-sysusers", "/etc/sysusers.d/mycoswarm.conf")
             places = ("/etc/tmpfiles.d/mycoswarm.conf", "/etc/tmpfiles.d/mycoswarm-task.conf")
             self._system("systemd-tmpfiles", "--create", *places)
+            self._system("journalctl", "--update-catalog")
             self._system("systemctl", "daemon-reload")
             self._system("systemctl", "enable", "--quiet", *_started(share))
             self._system("systemctl", "restart", *_started(share))
@@ -228,6 +230,7 @@ class Service:
             command.unlink()
         shutil.rmtree(home, ignore_errors=True)
         if self._is_here:
+            self._system("journalctl", "--update-catalog")
             self._system("systemctl", "daemon-reload")
         self._session.aside(
             "the service is removed; /var/lib/mycoswarm, /var/lib/mycoswarm-engine, /etc/mycoswarm stay"
@@ -246,7 +249,7 @@ class Service:
             found.append((f"/{extra.relative_to(self._root)}", said))
         return found
 
-    def _make_environment(self, source: str) -> None:
+    def _make_environment(self, source: str, lock: Path) -> None:
         """Make the environment beside the one that is used, which stays if this fails, and change them."""
         venv = self._firm(f"{_HOME.lstrip('/')}/venv", make=True)
         new, old = venv.with_name(".venv.new"), venv.with_name(".venv.old")
@@ -254,7 +257,7 @@ class Service:
         self._session.aside(f"making {venv} ...")
         try:
             self._system(_PYTHON, "-I", "-m", "venv", str(new), within_s=_PIP_S)
-            self._pip(new, source)
+            self._pip(new, source, lock)
             _remove(old)
             if venv.exists() or venv.is_symlink():
                 venv.rename(old)
@@ -263,10 +266,14 @@ class Service:
         finally:
             _remove(new)
 
-    def _pip(self, venv: Path, source: str) -> None:
+    def _pip(self, venv: Path, source: str, lock: Path) -> None:
+        """Install the libraries that were tested, byte for byte, then the node, which may need no other."""
         self._session.aside(f"installing {source} ...")
-        pip = [str(venv / "bin" / "python"), "-I", "-m", "pip", "install", "--quiet", *_WHEELS_ONLY]
-        self._system(*pip, "--disable-pip-version-check", source, within_s=_PIP_S)
+        pip = [str(venv / "bin" / "python"), "-I", "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        wheels = [*pip, "install", "--only-binary", ":all:"]  # an sdist's own code would run as root
+        self._system(*wheels, "--require-hashes", "--requirement", str(lock), within_s=_PIP_S)
+        self._system(*wheels, "--no-deps", source, within_s=_PIP_S)
+        self._system(*pip, "check")
 
     def _make_agent(self) -> None:
         """Build what runs in a cage, as one file, compiled for the Python that will run it."""

@@ -54,7 +54,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for origin, name in ((ROOT / "policy", "policy"), (ROOT / "systemd", "systemd")):
         shutil.copytree(origin, share / name)
     shutil.copytree(ROOT / "packaging/launchers", share / "launchers")
-    shutil.copy(ROOT / "packaging/mycoswarm.toml", share)
+    for name in ("mycoswarm.toml", "lock.txt"):
+        shutil.copy(ROOT / "packaging" / name, share)
     return site
 
 
@@ -82,8 +83,10 @@ def test_it_is_installed_compared_and_taken_away(site: Path, disk: Path, tmp_pat
     done = ctl(site, "install", *root, "--from", "some.whl")
     assert done.returncode == 0, done
     assert "mycoswarmctl init" in done.stderr
-    said = (tmp_path / "pip").read_text()
-    assert said.endswith(" some.whl\n") and " --only-binary :all: " in said
+    libraries, node, check = (tmp_path / "pip").read_text().splitlines()
+    lock = site / "mycoswarmd/share/lock.txt"
+    assert libraries.endswith(f" install --only-binary :all: --require-hashes --requirement {lock}")
+    assert node.endswith(" install --only-binary :all: --no-deps some.whl") and check.endswith(" check")
     units = {path.name for path in (ROOT / "systemd").iterdir() if path.suffix in {".service", ".socket"}}
     assert units == {path.name for path in (disk / "etc/systemd/system").iterdir()}
     agent = disk / "opt/mycoswarm/libexec/task"
@@ -110,7 +113,7 @@ def test_it_is_installed_compared_and_taken_away(site: Path, disk: Path, tmp_pat
 
     assert ctl(site, "install", *root).returncode == 0
     assert "IPAddressDeny=any\n" in unit.read_text() and policy.read_text() == "# the operator's\n"
-    assert "mycoswarmd==" in (tmp_path / "pip").read_text().splitlines()[-1]
+    assert "mycoswarmd==" in (tmp_path / "pip").read_text().splitlines()[-2]
     done = ctl(site, "uninstall", *root)
     assert done.returncode == 0, done
     kept = {"etc/mycoswarm/policy.toml", "etc/mycoswarm/mycoswarm.toml", str(dropin.relative_to(disk))}
@@ -152,8 +155,8 @@ def test_no_program_of_the_disk_runs(site: Path, disk: Path, tmp_path: Path, use
     os.chown(disk / "opt/mycoswarm", user, user)
     # The control: an installer that takes the environment that is there, as it once did, is caught.
     reuse = (
-        f"{_NO_LOOK}; service.Service._make_environment = lambda self, source: self._pip(self._root / "
-        "'opt/mycoswarm/venv', source)"
+        f"{_NO_LOOK}; service.Service._make_environment = lambda self, source, lock: self._pip(self._root / "
+        "'opt/mycoswarm/venv', source, lock)"
     )
     assert ctl(site, "install", "--root", str(disk), without=reuse).returncode == 1
     assert "uid=0" in (tmp_path / "ran").read_text()
@@ -169,6 +172,7 @@ def test_no_program_of_the_disk_runs(site: Path, disk: Path, tmp_path: Path, use
             "bin",
             "libexec",
             "sbin",
+            "share",
             "venv",
         }
 
