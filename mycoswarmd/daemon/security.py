@@ -31,8 +31,9 @@ _LAN_S = 5.0
 _TRY_S, _LONGEST_TRY_S = 1.0, 60.0
 # A cage starts in 0.2 s; on a Pi that has just booted and swaps it gets this long before the node goes on.
 _FIRST_TRIAL_S = 15.0
+# The whole workspace and no program: what a kernel without Landlock can hold a task to.
 _TRIAL = CageSpec(
-    task_id="trial", attempt=0, read_paths=(), write_paths=(), programs=(), limits=Limits(wall_s=30)
+    task_id="trial", attempt=0, read_paths=(".",), write_paths=(".",), programs=(), limits=Limits(wall_s=30)
 )
 _UNITS = (Unit.CORE, Unit.LAN, Unit.DISCOVERY, Unit.ENGINE, Unit.PROBE, Unit.SIGNER)
 _CAGE_HINT = "systemctl status mycoswarm-task.socket; journalctl -u 'mycoswarm-task@*'"
@@ -167,6 +168,9 @@ class Security:
     async def _keep_asking(self) -> None:
         while True:
             await self._ask()
+            if self.signer is not None and self.signer.problem:
+                # A unit that was too slow when the machine started may answer by now.
+                await asyncio.to_thread(self.signer.public_key)
             await asyncio.sleep(_AGAIN_S if Unit.LAN not in self._unheard else _LAN_S)
 
     async def _keep_cages(self) -> None:
