@@ -112,7 +112,7 @@ def _is_news(one: "Finding", known: dict[str, str]) -> bool:
     if one.name == "engine: embedded":
         return "embedded engine" not in known
     name = one.name.removeprefix("cage: ").removesuffix("-cgroup")
-    return name not in known and not one.name.startswith("exposed:")
+    return name not in known
 
 
 def _get(session: Session, path: str) -> Doc:

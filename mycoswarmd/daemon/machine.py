@@ -1,11 +1,9 @@
 """The node as a whole, for `status` and `doctor`: each fact with what is weak about it and the cure."""
 
-import asyncio
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from mycoswarmd import __version__
 from mycoswarmd.core.tasks import TaskState
@@ -27,8 +25,6 @@ from mycoswarmd.store.tasks import SqliteTaskStore
 _DISK_LOW_BYTES = 1 << 30
 # Signers say every six hours that they are there.
 _ROSTER_OLD_S = 3 * 86_400
-# Engines that others run beside a node, where they listen by default.
-_ENGINE_PORTS = {11434: "Ollama", 8080: "llama.cpp", 8000: "vLLM", 50052: "llama.cpp rpc-server"}
 
 
 class NodeMachine:
@@ -170,7 +166,6 @@ class NodeMachine:
             _check(f"cage: {fact.name}", is_ok=fact.ok, detail=fact.detail, fix=fact.hint)
             for fact in self._facts.capability().facts
         ]
-        checks += await asyncio.to_thread(_open_engines)
         checks.append(self._gpu_check())
         return checks
 
@@ -278,27 +273,3 @@ def _check(
         "detail": detail,
         "fix": "" if is_ok else fix,
     }
-
-
-def _open_engines() -> list[dict[str, object]]:
-    """Find engines here that listen to the whole network: anybody can use them, past the policy."""
-    checks = []
-    for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
-        try:
-            rows = [line.split() for line in file.read_text().splitlines()[1:]]
-        except OSError:
-            continue
-        for row in rows:
-            address, _, port = row[1].partition(":")
-            is_listening, is_everywhere = row[3] == "0A", set(address) == {"0"}
-            if is_listening and is_everywhere and (name := _ENGINE_PORTS.get(int(port, 16))):
-                checks.append(
-                    _check(
-                        f"exposed: {name}",
-                        is_ok=False,
-                        detail=f"port {int(port, 16)} listens on every address, past this policy",
-                        fix="bind it to 127.0.0.1 (for Ollama: OLLAMA_HOST=127.0.0.1)",
-                        severity="fail",
-                    )
-                )
-    return checks
