@@ -146,7 +146,8 @@ class Security:
 
     async def begin(self) -> None:
         """Test this process; as the appliance, ConfigError("has-network") where it can reach a network."""
-        proof = await asyncio.to_thread(prove, Unit.CORE)
+        given = [one.url.removeprefix("unix:") for one in self._settings.engines]
+        proof = await asyncio.to_thread(prove, Unit.CORE, given=given)
         if self._settings.appliance and not proof.holds(CheckName.INET_SOCKET):
             found = next(one.detail for one in proof.weak() if one.name is CheckName.INET_SOCKET)
             raise ConfigError(

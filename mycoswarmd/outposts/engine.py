@@ -51,6 +51,7 @@ ORDER_S = 10.0
 # The unit's own end, by the node or by its order.
 EXIT_DONE, EXIT_REFUSED = 0, 1
 _PROGRAM = Path(__file__).parent.parent / "engines" / "llama_child.py"
+_SOCKET = "engine.sock"
 _LOG_BYTES = 4096
 _PIPE_BYTES = 65536
 # The kernel's limit for the path of a unix socket, less the final zero byte.
@@ -59,7 +60,11 @@ _SOCKET_PATH_BYTES = 107
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Where things are; said by the unit file, never by the node."""
+    """Where things are; said by the unit file, never by the node.
+
+    Attributes:
+        sockets: a directory for this engine's socket and no other's; PID 1 makes it and removes it.
+    """
 
     models: Path
     engines: Path
@@ -112,7 +117,7 @@ class Connection:
         return parse_order(line)
 
 
-def find_job(order: Order, places: Places, *, number: int) -> Job:
+def find_job(order: Order, places: Places) -> Job:
     """Look up what an order names; ConfigError or EngineError where the engine or the model is no use."""
     engine = _inside(places.engines, order.engine, what="engine")
     _check_engine(engine)
@@ -128,7 +133,7 @@ def find_job(order: Order, places: Places, *, number: int) -> Job:
         raise EngineError("engine-failed", exc.message) from exc
     if not is_file:
         raise EngineError("engine-failed", f"cannot load the model {order.model!r}: it is no file")
-    sock = places.sockets / f"e{number}.sock"
+    sock = places.sockets / _SOCKET
     if len(os.fsencode(sock)) > _SOCKET_PATH_BYTES:
         raise ConfigError("engine-order", f"cannot listen: the path {str(sock)!r} is too long for a socket")
     return Job(order=order, engine=engine, model=model, name=Path(order.model).stem, socket=sock)
@@ -193,8 +198,6 @@ class Log:
 
 def serve(node: Connection, job: Job) -> None:
     """Hold the engine's process until it or the connection ends; nothing of it is left then."""
-    _tidy(job.socket.parent)
-    job.socket.unlink(missing_ok=True)  # of a unit with this number that was killed
     reader, writer = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(reader, False)
     log = Log(reader)
@@ -204,7 +207,7 @@ def serve(node: Connection, job: Job) -> None:
         finally:
             os.close(writer)
         try:
-            is_told = node.say(Started(child.pid, job.socket.name))
+            is_told = node.say(Started(child.pid, f"{job.socket.parent.name}/{job.socket.name}"))
             if is_told and _watch(node, child, log):
                 node.say(Ended(child.wait(), log.text()))
         finally:
@@ -212,25 +215,6 @@ def serve(node: Connection, job: Job) -> None:
     finally:
         os.close(reader)
         job.socket.unlink(missing_ok=True)
-
-
-def _tidy(sockets: Path) -> None:
-    """Remove what units left that were killed; theirs is the number in the name."""
-    for path in sockets.glob("e*.sock"):
-        number = path.stem[1:]
-        if number.isdecimal() and not _exists(int(number)):
-            path.unlink(missing_ok=True)
-
-
-def _exists(pid: int) -> bool:
-    # Not by /proc: units in user namespaces of their own do not see one another there.
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _start(job: Job, output: int) -> subprocess.Popen[bytes]:
@@ -289,7 +273,7 @@ def run(node: Connection, places: Places) -> int:
         order = node.read_order()
         if order is None:
             return EXIT_DONE
-        job = find_job(order, places, number=os.getpid())
+        job = find_job(order, places)
         if not forbid_stopping():  # on a machine of another kind, say
             print("the engine could stop its unit's own program", file=sys.stderr)  # noqa: T201
         serve(node, job)
@@ -307,7 +291,7 @@ def main(argv: Iterable[str]) -> None:
     parser = argparse.ArgumentParser(prog="mycoswarmd.outposts.engine")
     parser.add_argument("--models", type=Path, default=Path("/var/lib/mycoswarm-engine/models"))
     parser.add_argument("--engines", type=Path, default=Path("/var/lib/mycoswarm-engine/engine"))
-    parser.add_argument("--sockets", type=Path, default=Path("/run/mycoswarm-engine"))
+    parser.add_argument("--sockets", type=Path, required=True)
     options = parser.parse_args(list(argv))
     places = Places(models=options.models, engines=options.engines, sockets=options.sockets)
     with socket.socket(fileno=CONNECTION_FD) as sock:

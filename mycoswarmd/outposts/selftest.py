@@ -11,8 +11,10 @@ Source: systemd.exec(5), systemd.resource-control(5), proc(5), cgroups(7).
 """
 
 import errno
+import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +31,20 @@ _ENGINES = (
     "/run/containerd/containerd.sock",
     "/run/podman/podman.sock",
 )
+# What a unit was given (BindReadOnlyPaths= and BindPaths= of its file): a socket, or a directory of them.
+_GIVEN: Mapping[Unit, tuple[str, ...]] = {
+    Unit.CORE: (
+        "/run/mycoswarm/api.sock",
+        "/run/mycoswarm-outposts/",
+        "/run/mycoswarm-engine/",
+        "/run/systemd/notify",
+        "/run/systemd/journal/",
+    ),
+}
+# Where no socket is looked for: what the kernel makes up, what only root writes, and what is the unit's own.
+_NOT_LOOKED = frozenset({"/proc", "/sys", "/usr", "/var/lib/mycoswarm", "/var/lib/mycoswarm-engine"})
+# A unit sees some thousand files; whoever sees more sees the machine.
+_MOST_FILES = 20_000
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -46,9 +62,10 @@ _SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _UNBOUNDED_BYTES = 1 << 60
 
 
-def prove(unit: Unit) -> Proof:
-    """Try everything that this unit must not be able to do."""
-    return Proof(unit, tuple(_CHECKS[name](unit) for name in EXPECTED[unit]))
+def prove(unit: Unit, *, given: Iterable[str] = ()) -> Proof:
+    """Try everything that this unit must not be able to do; `given` are sockets that settings declare."""
+    checks = {**_CHECKS, CheckName.DOORS: _doors_in_sight(tuple(given))}
+    return Proof(unit, tuple(checks[name](unit) for name in EXPECTED[unit]))
 
 
 def _inet_socket(_unit: Unit) -> Check:
@@ -120,6 +137,51 @@ def _doors(name: CheckName, paths: Iterable[str]) -> Callable[[Unit], Check]:
         return Check(name, ok=True, detail=" ".join(dict.fromkeys(said)))
 
     return check
+
+
+def _doors_in_sight(given: tuple[str, ...]) -> Callable[[Unit], Check]:
+    """Look for sockets: a path that is not there leads to nobody, whatever its owner allows."""
+
+    def check(unit: Unit) -> Check:
+        name, known, count = CheckName.DOORS, (*_GIVEN.get(unit, ()), *given), 0
+        if not os.statvfs("/").f_flag & os.ST_RDONLY:
+            return Check(name, ok=False, detail="the whole machine is in sight")
+        try:
+            for seen, path in enumerate(_walk("/")):
+                if seen > _MOST_FILES:
+                    return Check(name, None, f"more than {_MOST_FILES} files are in sight")
+                # Not by what its directory says: that is of the file on which a socket was mounted.
+                if not stat.S_ISSOCK(_mode(path)):
+                    continue
+                if not any(path.startswith(one) if one.endswith("/") else path == one for one in known):
+                    return Check(name, ok=False, detail=f"{path} is in sight")
+                count += 1
+        except OSError as exc:
+            return Check(name, None, f"{exc.filename}: {_said(exc)}")
+        return Check(name, ok=True, detail=f"{count} in sight, all given" if count else "none in sight")
+
+    return check
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:  # it was there a moment ago
+        return 0
+
+
+def _walk(top: str) -> Iterator[str]:
+    """Yield the paths of all that can be seen below a directory."""
+
+    def cannot(exc: OSError) -> None:
+        # Who may not enter a directory reaches nothing there; who may, without a list of it, could.
+        if exc.errno != errno.ENOENT and (exc.errno != errno.EACCES or os.access(exc.filename, os.X_OK)):
+            raise exc
+
+    for directory, below, files in os.walk(top, onerror=cannot):
+        below[:] = [one for one in below if f"{directory.rstrip('/')}/{one}" not in _NOT_LOOKED]
+        for one in (*below, *files):
+            yield f"{directory.rstrip('/')}/{one}"
 
 
 def _status() -> Mapping[str, str]:

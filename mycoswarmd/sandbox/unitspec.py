@@ -52,7 +52,8 @@ UNIT_DEVICES = (
 UNIT_HIDDEN = (
     "/etc/shadow", "/etc/passwd", "/etc/mycoswarm", "/root", "/home", "/var/lib", "/var/log",
     "/var/tmp", "/boot", "/srv", "/mnt", "/media", "/opt", "/sys", "/sys/fs/cgroup",  # noqa: S108
-    "/run/user", "/run/mycoswarm", "/dev/fuse", "/dev/kmsg", "/dev/kvm", "/dev/mem",
+    "/run/user", "/run/mycoswarm", "/run/systemd/journal/socket", "/dev/fuse", "/dev/kmsg", "/dev/kvm",
+    "/dev/mem",
     "/dev/console", "/dev/net/tun", "/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/hugepages",  # noqa: S108
     "/proc/1/environ", "/proc/1/cmdline", "/proc/cmdline", "/proc/kcore", "/proc/sys",
     "/proc/keys",

@@ -40,7 +40,8 @@ MODEL_SUFFIX: Final = ".gguf"
 # Of a file of Linux, in bytes.
 _NAME_BYTES: Final = 255
 _ENGINE: Final = re.compile(r"xllamacpp-[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\Z")
-_SOCKET: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\.sock\Z")
+# In a directory of its own, which has the name of the unit's instance.
+_SOCKET: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}/[a-z0-9][a-z0-9-]{0,31}\.sock\Z")
 # Debian's and Ubuntu's; inside the engine's confinement there is no other, and any 3.10 or newer will do.
 PYTHON: Final = "/usr/bin/python3"
 # How long llama.cpp's threads wait for one another by spinning. The library's default is for machines that
@@ -77,7 +78,7 @@ class Proved:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The engine's process runs and will listen on this socket, a name in the sockets' directory."""
+    """The engine's process runs and will listen on this socket: its directory, and its name there."""
 
     pid: int
     socket: str
@@ -193,7 +194,7 @@ def parse_report(untrusted: bytes) -> Report:
         started = get_object(body, "started", where="")
         socket = get_str(started, "socket", where="started", max_len=_NAME_BYTES)
         if not _SOCKET.match(socket):
-            raise bad_range("started.socket", "the bare name of a socket")
+            raise bad_range("started.socket", "a socket in a directory of its own")
         return Started(get_int(started, "pid", where="started", low=1, high=1 << 22), socket)
     if "refused" in body:
         refused = get_object(body, "refused", where="")

@@ -40,6 +40,7 @@ class CheckName(StrEnum):
     DBUS = "dbus"  # no message bus can be reached
     RESOLVER = "resolver"  # nor a resolver's socket, which is a way out in itself
     DOCKER = "docker"  # nor a container engine's, which is root
+    DOORS = "doors"  # nor any other socket that this unit was not given
     NO_NEW_PRIVILEGES = "no-new-privileges"
     SECCOMP = "seccomp"
     CAPABILITIES = "capabilities"
@@ -51,6 +52,7 @@ _COMMON = (
     CheckName.DBUS,
     CheckName.RESOLVER,
     CheckName.DOCKER,
+    CheckName.DOORS,
     CheckName.NO_NEW_PRIVILEGES,
     CheckName.SECCOMP,
     CheckName.CAPABILITIES,

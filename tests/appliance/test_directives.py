@@ -23,8 +23,10 @@ SERVICES = {
 _LEFT_OUT = {
     *("Type", "NotifyAccess", "ExecStart", "ExecReload", "Restart", "RestartSec", "WatchdogSec"),
     *("StandardInput", "StandardOutput", "StandardError", "TimeoutStartSec", "TimeoutStopSec"),
-    "OOMScoreAdjust",
+    *("OOMScoreAdjust", "DynamicUser", "RuntimeDirectory", "RuntimeDirectoryMode", "RuntimeMaxSec"),
 }
+# Without it there is no program.
+_NEEDED = "BindReadOnlyPaths="
 # By the names of directives: whether what each forbids could not be done. Run inside, one process for all.
 _PROBE = r"""
 import ctypes, errno, json, mmap, os, resource, socket, stat, struct, sys
@@ -63,31 +65,14 @@ def suid():
     return True
 
 
-def connects(path):
-    with socket.socket(socket.AF_UNIX) as door:
-        door.connect(path)
-    return True
-
-
-def reaches(path):
-    # Where AF_UNIX is forbidden a pair can still be had, and each half of it sends to whom it likes.
-    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with one, other:
-        one.sendto(b"MESSAGE=from one who was not given this door\n", path)
-    return True
-
-
 same = lambda kind: os.readlink(f"/proc/self/ns/{kind}") == outside[kind]
 status = dict(line.split(":\t", 1) for line in open("/proc/self/status").read().splitlines() if ":\t" in line)
 probe("PrivateNetwork", lambda: "host0" in open("/proc/self/net/dev").read())
 probe("RestrictAddressFamilies", lambda: bool(socket.socket(socket.AF_VSOCK)))
-is_core = os.path.exists("/run/mycoswarm-outposts")
-hidden = "/run/dbus/system_bus_socket" if is_core else "/etc/mycoswarm"
-probe("InaccessiblePaths", lambda: os.access(hidden, os.F_OK) and bool(os.stat(hidden).st_mode & 0o7777))
-probe("TemporaryFileSystem", lambda: reaches("/run/systemd/journal/socket"))
-probe("ProtectSystem", lambda: not readonly("/usr"))
-probe("ProtectHome", lambda: bool(os.listdir("/home")))
-probe("PrivateTmp", lambda: os.path.exists("/tmp/of-others"))
+probe("InaccessiblePaths", lambda: os.access("/dev/shm", os.W_OK))
+probe("RootDirectory", lambda: bool(os.listdir("/var/lib/dpkg")))
+probe("TemporaryFileSystem", lambda: not readonly("/run"))
+probe("ProtectSystem", lambda: not readonly("/"))
 probe("PrivateDevices", lambda: not os.statvfs("/dev").f_flag & os.ST_NOEXEC)
 probe("PrivateUsers", lambda: same("user"))
 probe("PrivateIPC", lambda: same("ipc"))
@@ -104,8 +89,8 @@ probe("ProtectKernelModules", lambda: bool(os.listdir("/usr/lib/modules")))
 probe("ProtectControlGroups", lambda: not readonly("/sys/fs/cgroup"))
 # An x32 call; a kernel without them says so, and the filter kills before the kernel is asked.
 probe("SystemCallArchitectures", lambda: calls(0x40000000 + 39) >= 0)
-# ioprio_set(IOPRIO_WHO_PROCESS, 0, best effort 4): harmless, and everybody may.
-probe("SystemCallFilter", lambda: calls(251, 1, 0, 2 << 13 | 4) == 0)
+# ioprio_set(IOPRIO_WHO_PROCESS, 0, best effort 4): harmless, and everybody may. io_uring_setup(1, NULL).
+probe("SystemCallFilter", lambda: calls(251, 1, 0, 2 << 13 | 4) == 0 or calls(425, 1, 0) != errno.EPERM)
 probe("SystemCallErrorNumber", lambda: calls(251, 1, 0, 2 << 13 | 4) < 0)
 mask = os.umask(0o022)
 probe("UMask", lambda: mask & 0o007 != 0o007)
@@ -131,23 +116,26 @@ pytestmark = pytest.mark.timeout(300)
 
 def directives(unit: str) -> list[str]:
     section, found = "", []
-    for line in (UNITS / SERVICES[unit]).read_text().splitlines():
+    file = SERVICES.get(unit, f"mycoswarm-{unit}@.service")
+    for line in (UNITS / file).read_text().splitlines():
         if line.startswith("["):
             section = line
         elif section == "[Service]" and "=" in line and not line.startswith("#"):
             found.append(line)
-    return [line for line in found if line.partition("=")[0] not in _LEFT_OUT]
+    found = [line for line in found if line.partition("=")[0] not in _LEFT_OUT]
+    # A user that ends with its unit brings half of the other directives along: none of them would be missed.
+    return ["User=daemon" if line.startswith("User=") and "%i" in line else line for line in found]
 
 
 def names(lines: list[str]) -> Iterator[str]:
-    yield from dict.fromkeys(line.partition("=")[0] for line in lines)
+    yield from dict.fromkeys(line.partition("=")[0] for line in lines if not line.startswith(_NEEDED))
 
 
 @pytest.fixture(scope="module")
 def machine(fresh: dict[str, tuple[Machine, str]]) -> Machine:
     machine, _ = fresh[SUITES[0]]
     machine.write("/usr/lib/probe/probe.py", _PROBE)
-    machine.sh("mkdir -p /home/somebody /usr/lib/modules/some; touch /tmp/of-others")
+    machine.sh("mkdir -p /usr/lib/modules/some")
     machine.write("/usr/lib/probe/outside.json", "{}")
     facts = json.loads(machine.python(_OUTSIDE).out)
     command = ["systemd-run", "--quiet", "--pipe", "--wait", "python3", "-c"]
@@ -161,7 +149,9 @@ def run_all(machine: Machine, unit: str, lines: list[str]) -> dict[str, dict[str
     """Run the probe in the unit as it is, by the name "", and without each directive in turn."""
     names_by_number = ["", *names(lines)]
     for number, without in enumerate(names_by_number):
-        kept = [line for line in lines if line.partition("=")[0] != without]
+        # As root it would take the directory of the others.
+        gone = {without, "StateDirectory"} if without == "User" else {without}
+        kept = [line for line in lines if line.partition("=")[0] not in gone]
         text = "\n".join(
             [
                 "[Service]",
@@ -252,3 +242,131 @@ def test_discovery_speaks_multicast_and_nothing_else(
     said = machine.run("journalctl", "-b", "-o", "cat", "-u", name).out
     found = json.loads(said.rsplit("SAID ", 1)[1].splitlines()[0])
     assert {where for where, was_reached in found.items() if was_reached} == reached
+
+
+# Where programs of a machine put sockets; each is open for everybody, and so is the way there.
+_PLACES = (
+    *(
+        "/run",
+        "/run/lock",
+        "/tmp",
+        "/var/tmp",
+        "/dev/shm",
+        "/home",
+        "/root",
+        "/srv",
+        "/opt",
+        "/mnt",
+        "/media",
+    ),
+    *("/boot", "/var/lib", "/var/spool", "/var/cache", "/somewhere"),
+)
+_SERVERS = """
+import os, socket, sys, time
+held = []
+for place in sys.argv[1:]:
+    os.makedirs(f"{place}/of-others", exist_ok=True)
+    os.chmod(f"{place}/of-others", 0o777)
+    if place in {"/root", "/home"}:
+        os.chmod(place, 0o755)
+    for kind, name in ((socket.SOCK_STREAM, "stream"), (socket.SOCK_DGRAM, "packets")):
+        for path in (f"{place}/of-others/{name}", f"\\0{place}/{name}"):
+            door = socket.socket(socket.AF_UNIX, kind)
+            door.bind(path)
+            if kind == socket.SOCK_STREAM:
+                door.listen(64)
+            if path[0] == "/":
+                os.chmod(path, 0o777)
+            held.append(door)
+time.sleep(300)
+"""
+_VISITOR = """
+import json, os, socket, stat, sys
+reached = []
+def stream(path):
+    with socket.socket(socket.AF_UNIX) as door:
+        door.connect(path)
+def packets(path):
+    # Where AF_UNIX is forbidden a pair can still be had, and each half of it sends to whom it likes.
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with one, other:
+        one.sendto(b"MESSAGE=from one who was not given this door", path)
+for place in sys.argv[1:]:
+    for name, way in (("stream", stream), ("packets", packets)):
+        for path in (f"{place}/of-others/{name}", "@" + f"{place}/{name}"):
+            try:
+                way(path.replace("@", "\\0"))
+            except OSError:
+                continue
+            reached.append(path)
+seen = []
+for top, directories, files in os.walk("/"):
+    directories[:] = [one for one in directories if os.path.join(top, one) not in {"/proc", "/sys", "/usr"}]
+    for one in files:
+        path = os.path.join(top, one)
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            seen.append(path)
+print("SAID " + json.dumps([reached, seen]))
+"""
+_GIVEN = {
+    "core": {
+        "/run/mycoswarm/api.sock",
+        *(f"/run/mycoswarm-outposts/{name}.sock" for name in (*SERVICES, "task") if name != "core"),
+        "/run/systemd/notify",
+        "/run/systemd/journal/socket",
+        # By systemd itself, from 257 on.
+        "/run/systemd/journal/dev-log",
+        "/run/systemd/journal/stdout",
+    },
+}
+_WALLS = (
+    "RootDirectory",
+    "TemporaryFileSystem",
+    "InaccessiblePaths",
+    "PrivateTmp",
+    "ProtectHome",
+    "PrivateNetwork",
+)
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def crowded(fresh: dict[str, tuple[Machine, str]], request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A machine on which somebody listens everywhere, for everybody."""
+    machine, _ = fresh[request.param]
+    machine.write("/usr/lib/probe/servers.py", _SERVERS)
+    machine.write("/usr/lib/probe/visitor.py", _VISITOR)
+    with machine.start("python3", "/usr/lib/probe/servers.py", *_PLACES):
+        machine.wait_until(f"test -S {_PLACES[-1]}/of-others/packets")
+        yield machine
+        machine.sh(f"rm -rf {' '.join(f'{place}/of-others' for place in _PLACES)}")
+
+
+def visit(machine: Machine, name: str, lines: list[str]) -> tuple[set[str], set[str]]:
+    """Have a program in such a unit knock everywhere; return what opened, and the sockets that it saw."""
+    program = f"ExecStart=/usr/bin/python3 -I /usr/lib/probe/visitor.py {' '.join(_PLACES)}"
+    text = ["[Service]", *lines, "Type=oneshot", "StandardOutput=journal", program, ""]
+    machine.write(f"/run/systemd/system/visits-{name}.service", "\n".join(text))
+    machine.sh(f"systemctl daemon-reload; systemctl start visits-{name}; journalctl --sync")
+    said = machine.run("journalctl", "-b", "-o", "cat", "-u", f"visits-{name}").out
+    reached, seen = json.loads(said.rsplit("SAID ", 1)[1].splitlines()[0])
+    return set(reached), set(seen)
+
+
+@pytest.mark.parametrize("unit", [*SERVICES, "task"])
+def test_no_unit_reaches_a_socket_that_it_was_not_given(crowded: Machine, unit: str) -> None:
+    lines = directives(unit)
+    reached, seen = visit(crowded, unit, lines)
+    # Where a unit has the machine's network, abstract sockets come with it; its program forbids what is left.
+    reached -= {f"@{place}/packets" for place in _PLACES if unit in {"lan", "discovery"}}
+    assert reached == set()
+    assert seen <= _GIVEN.get(unit, set())
+    assert unit != "core" or len(seen) >= 8
+
+
+@pytest.mark.parametrize("unit", SERVICES)
+def test_without_its_walls_a_unit_reaches_them_all(crowded: Machine, unit: str) -> None:
+    lines = [line for line in directives(unit) if not line.startswith((*_WALLS, "BindReadOnlyPaths"))]
+    reached, _ = visit(crowded, f"{unit}-open", lines)
+    names = {"packets"} | ({"stream"} if "RestrictAddressFamilies=AF_UNIX" in lines else set())
+    assert {f"{place}/of-others/{name}" for place in _PLACES for name in names} <= reached
+    assert {f"@{place}/{name}" for place in _PLACES for name in names} <= reached

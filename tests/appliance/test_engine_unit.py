@@ -23,7 +23,7 @@ with socket.socket(socket.AF_UNIX) as node:
         print(lines.readline().decode())
 """
 # What the engine's user may open, tried by a program in the place of the engine, in the engine's own unit.
-PROBE = """#!/usr/bin/python3 -I
+PROBE = r"""#!/usr/bin/python3 -I
 import errno, json, os, socket, sys
 said = {}
 def attempt(name, function):
@@ -42,8 +42,8 @@ attempt("udp", lambda: udp("192.0.2.1"))
 attempt("model", lambda: open("/var/lib/mycoswarm-engine/models/MODEL", "rb").close())
 attempt("write-model", lambda: open("/var/lib/mycoswarm-engine/models/new.gguf", "wb").close())
 attempt("write-engine", lambda: open("/var/lib/mycoswarm-engine/engine/new", "wb").close())
-attempt("socket", lambda: open("/run/mycoswarm-engine/probe", "wb").close())
-attempt("state", lambda: os.listdir("/var/lib/mycoswarm"))
+attempt("socket", lambda: socket.socket(socket.AF_UNIX).bind(sys.argv[1] + "/probe"))
+attempt("state", lambda: open("/var/lib/mycoswarm/mycoswarm.db", "rb").close())
 attempt("api", lambda: unix("/run/mycoswarm/api.sock"))
 attempt("lan", lambda: unix("/run/mycoswarm-outposts/lan.sock", socket.SOCK_SEQPACKET))
 attempt("task", lambda: unix("/run/mycoswarm-outposts/task.sock"))
@@ -54,7 +54,10 @@ with socket.socket(fileno=0) as node:
 """.replace("MODEL", MODEL_FILE)
 
 LOOSE = """
+DynamicUser=no
 User=root
+RootDirectory=
+RestrictSUIDSGID=no
 PrivateNetwork=no
 PrivateDevices=no
 PrivateUsers=no
@@ -112,8 +115,8 @@ def test_it_answers_and_is_started_again_and_has_proved_that_it_is_confined(node
     assert "not confined" not in engine["detail"], engine
     pid = engine["pid"]
     status = node.run("cat", f"/proc/{pid}/status").out
-    uid = node.run("id", "-u", "_mycoswarm-engine").out.strip()
-    assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}" in status
+    (uid,) = {*status.partition("Uid:\t")[2].splitlines()[0].split()}
+    assert 61184 <= int(uid) <= 65519  # systemd's range for users that exist as long as a unit
     assert "mycoswarm-engine@" in node.run("cat", f"/proc/{pid}/cgroup").out
     node.run("kill", "-9", str(pid))
     node.wait_until("mycoswarmctl status --json | grep -Eq '\"restarts\": ?1'", within_s=30)
@@ -148,7 +151,7 @@ def test_the_unit_reads_models_and_reaches_nothing_else(node: Machine) -> None:
     """The unit's own text, with a probe in the place of the program; then the same without confinement."""
     node.write("/usr/local/bin/probe", PROBE, mode=0o755)
     ask = PROOF.replace("lines.readline()", "lines.read()")
-    drop_in = "[Service]\nExecStart=\nExecStart=/usr/local/bin/probe\n"
+    drop_in = "[Service]\nExecStart=\nExecStart=/usr/local/bin/probe /run/mycoswarm-engine/%i\n"
     node.write("/etc/systemd/system/mycoswarm-engine@.service.d/probe.conf", drop_in)
     try:
         node.run("systemctl", "daemon-reload")
@@ -162,3 +165,87 @@ def test_the_unit_reads_models_and_reaches_nothing_else(node: Machine) -> None:
     assert {name for name, said in control.items() if said != "done"} <= {"gpu"}, control  # one could
     assert {name for name, said in confined.items() if said == "done"} == {"model", "socket"}, confined
     assert confined["udp"] == "EAFNOSUPPORT"
+
+
+# An engine in a bad model's hand, and one beside it: the first says what it can do to the second.
+NEIGHBOUR = r"""#!/usr/bin/python3 -I
+import ctypes, errno, json, os, signal, socket, struct, sys
+own = sys.argv[1]
+above, name = os.path.split(own)
+server = socket.socket(socket.AF_UNIX)
+server.bind(own + "/engine.sock")
+server.listen()
+node = socket.socket(fileno=0)
+node.sendall(f"{os.getpid()} {name}\n".encode())
+order = json.loads(node.makefile().readline())
+other, its = order["pid"], f"{above}/{order['name']}"
+said = {}
+def attempt(name, function):
+    try:
+        function()
+        said[name] = "done"
+    except OSError as exc:
+        said[name] = errno.errorcode[exc.errno]
+def connect(path):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+def usurp():
+    os.rename(its + "/engine.sock", its + "/was.sock")
+    socket.socket(socket.AF_UNIX).bind(its + "/engine.sock")
+def peek():
+    libc = ctypes.CDLL(None, use_errno=True)
+    held = ctypes.create_string_buffer(8)
+    local = struct.pack("@PN", ctypes.addressof(held), 8)
+    remote = struct.pack("@PN", order["at"], 8)
+    if libc.process_vm_readv(other, local, 1, remote, 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), "")
+attempt("connect", lambda: connect(its + "/engine.sock"))
+attempt("by-proc", lambda: connect(f"/proc/{other}/root{its}/engine.sock"))
+attempt("usurp", usurp)
+attempt("list", lambda: os.listdir(its))
+attempt("memory", peek)
+attempt("signal", lambda: os.kill(other, 0))
+node.sendall(json.dumps(said).encode() + b"\n")
+node.recv(1)
+"""
+BESIDE = """
+import json, socket
+def engine():
+    node = socket.socket(socket.AF_UNIX)
+    node.connect("/run/mycoswarm-outposts/engine.sock")
+    lines = node.makefile()
+    pid, name = lines.readline().split()
+    with open(f"/proc/{pid}/maps") as maps:
+        at = int(maps.readline().partition("-")[0], 16)
+    return node, lines, {"pid": int(pid), "name": name, "at": at}
+one, lines, _ = engine()
+other, _, about = engine()
+one.sendall(json.dumps(about).encode() + b"\\n")
+print(lines.readline())
+"""
+# What kept them apart, taken away: one user and one directory for all, no namespaces of their own.
+TOGETHER = """
+User=_mce-all
+RootDirectory=
+PrivateUsers=no
+BindPaths=/run/mycoswarm-engine
+"""
+
+
+def test_an_engine_can_do_nothing_to_the_one_beside_it(node: Machine) -> None:
+    node.write("/usr/local/bin/neighbour", NEIGHBOUR, mode=0o755)
+    place = "/etc/systemd/system/mycoswarm-engine@.service.d/neighbour.conf"
+    drop_in = "[Service]\nExecStart=\nExecStart=/usr/local/bin/neighbour /run/mycoswarm-engine/%i\n"
+    found = []
+    try:
+        for extra in (TOGETHER, ""):
+            node.write(place, drop_in + extra)
+            node.run("systemctl", "daemon-reload")
+            found.append(json.loads(node.python(BESIDE).out))
+    finally:
+        node.run("rm", "-r", str(Path(place).parent))
+        node.run("systemctl", "daemon-reload")
+    together, apart = found
+    assert set(together.values()) == {"done"}, together
+    assert len(apart) == 6
+    assert "done" not in apart.values(), apart

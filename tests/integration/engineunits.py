@@ -32,8 +32,18 @@ class Manager:
                 with connection:
                     connection.setblocking(True)
                     self.programs.append(
-                        subprocess.Popen(self._argv, stdin=connection.fileno(), env={"LANG": "C.UTF-8"})
+                        subprocess.Popen(self._command(), stdin=connection.fileno(), env={"LANG": "C.UTF-8"})
                     )
+
+    def _command(self) -> list[str]:
+        """Return the command of one more unit, with a directory of its own for its socket."""
+        argv = list(self._argv)
+        if "--sockets" in argv:
+            at = argv.index("--sockets") + 1
+            own = Path(argv[at]) / f"{len(self.programs)}-1-0"
+            own.mkdir()
+            argv[at] = str(own)
+        return argv
 
     def end(self) -> None:
         """End and collect what is left."""

@@ -95,8 +95,7 @@ def test_one_other_family_is_found(family: int, name: str) -> None:
     )
 
 
-def test_no_free_descriptors_are_no_proof() -> None:
-    before = """
+NO_DESCRIPTORS = """
 import os, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
 try:
@@ -105,8 +104,65 @@ try:
 except OSError:
     pass
 """
-    proof = proof_of(Unit.CORE, before=before)
-    assert {check.ok for check in proof.checks} == {None}
+
+
+def test_no_free_descriptors_are_no_proof() -> None:
+    proof = proof_of(Unit.CORE, before=NO_DESCRIPTORS)
+    assert {check.ok for check in proof.checks if check.name is not CheckName.DOORS} == {None}
+
+
+# A root with nothing in it, as units have; what is done before it is sealed comes in between.
+ROOT = """
+import ctypes, os, resource, socket
+libc = ctypes.CDLL(None)
+assert libc.unshare(0x20000) == 0
+assert libc.mount(None, b"/", None, 0x44000, None) == 0
+assert libc.mount(b"tmpfs", b"/mnt", b"tmpfs", 0, None) == 0
+os.chdir("/mnt")
+def listen(path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    door = socket.socket(socket.AF_UNIX)
+    door.bind(path)
+    door.close()
+{inside}
+os.chroot("/mnt")
+{seal}
+"""
+SEAL = 'assert libc.mount(None, b"/", None, 0x21, None) == 0'
+OUTPOST = 'listen("run/mycoswarm-outposts/lan.sock")'
+MOUNTED = """
+listen("elsewhere/x")
+open("door", "w").close()
+assert libc.mount(b"elsewhere/x", b"door", None, 0x1000, None) == 0
+assert libc.mount(b"tmpfs", b"elsewhere", b"tmpfs", 0, None) == 0
+"""
+NOBODY = "; os.setuid(65534)"
+MANY = "for number in range(20100): open(str(number), 'w').close()"
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("unit", "inside", "seal", "ok", "detail"),
+    [
+        (Unit.SIGNER, "", SEAL, True, "none in sight"),
+        (Unit.CORE, OUTPOST, SEAL, True, "1 in sight, all given"),
+        (Unit.SIGNER, OUTPOST, SEAL, False, "/run/mycoswarm-outposts/lan.sock is in sight"),
+        (Unit.CORE, 'listen("srv/of-others/x")', SEAL, False, "/srv/of-others/x is in sight"),
+        (Unit.CORE, 'listen("run/mycoswarm-outposts-not/x")', SEAL, False, "-not/x is in sight"),
+        (Unit.CORE, MOUNTED, SEAL, False, "/door is in sight"),
+        (Unit.CORE, "", "", False, "the whole machine is in sight"),
+        (Unit.CORE, "", SEAL + NO_DESCRIPTORS, None, "EMFILE"),
+        (Unit.CORE, 'os.mkdir("closed"); os.chmod("closed", 0o111)', SEAL + NOBODY, None, "EACCES"),
+        (Unit.CORE, 'os.mkdir("closed"); os.chmod("closed", 0)', SEAL + NOBODY, True, "none"),
+        (Unit.CORE, MANY, SEAL, None, "more than 20000 files"),
+    ],
+)
+def test_a_socket_that_was_not_given_is_found(
+    unit: Unit, inside: str, seal: str, ok: bool | None, detail: str
+) -> None:
+    proof = proof_of(unit, before=ROOT.format(inside=inside, seal=seal))
+    (found,) = [one for one in proof.checks if one.name is CheckName.DOORS]
+    assert found.ok is ok and detail in found.detail, found
 
 
 @needs_root

@@ -125,8 +125,8 @@ def test_every_program_and_every_user_of_a_unit_exists() -> None:
     for unit, file in SERVICES.items():
         text = (UNITS / file).read_text()
         found = re.search(r"(?m)^User=(\S+)$", text)
-        if unit == "task":
-            assert "DynamicUser=yes" in text
+        if unit in {"engine", "task"}:  # one for each instance
+            assert "DynamicUser=yes" in text and found is not None and found[1].endswith("-%i"), unit
         else:
             assert found is not None and found[1] in users - seen, unit
             seen.add(found[1])

@@ -94,7 +94,7 @@ def test_reports_arrive_as_they_were() -> None:
     proof = Proof(Unit.ENGINE, (Check(CheckName.INET_SOCKET, ok=True, detail="EAFNOSUPPORT"),))
     reports: list[Report] = [
         Proved(proof),
-        Started(4711, "e12.sock"),
+        Started(4711, "3-1234-995/engine.sock"),
         Refused("cannot load the model", is_models=True),
         Ended(-9, "one\ntwo\n"),
     ]
@@ -120,7 +120,10 @@ def test_the_last_words_of_an_engine_are_bounded_and_harmless() -> None:
         b"",
         b"[]",
         b"{}",
-        b'{"started":{"pid":0,"socket":"e1.sock"}}',
+        b'{"started":{"pid":0,"socket":"3-1-0/engine.sock"}}',
+        b'{"started":{"pid":1,"socket":"engine.sock"}}',
+        b'{"started":{"pid":1,"socket":"../engine.sock"}}',
+        b'{"started":{"pid":1,"socket":"3-1-0/../engine.sock"}}',
         b'{"started":{"pid":1,"socket":"../../run/docker.sock"}}',
         b'{"started":{"pid":1,"socket":"/run/docker.sock"}}',
         b'{"started":{"pid":1,"socket":".sock"}}',
