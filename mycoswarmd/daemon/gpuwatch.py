@@ -88,9 +88,9 @@ class GpuWatch:
         """Read the cards now and then, until cancelled."""
         wait_s = _FIRST_RETRY_S
         while True:
-            self._wanted.clear()
             found = await self.look()
             self._read_at_s = self._clock.monotonic_s()
+            self._wanted.clear()  # whoever looked meanwhile has it now
             if found.reading in _AGAIN_S:
                 next_s, wait_s = _AGAIN_S[found.reading], _FIRST_RETRY_S
             else:

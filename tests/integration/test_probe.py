@@ -152,6 +152,22 @@ def test_it_is_asked_once_and_again_only_for_who_looks_after_a_minute(probe: Pro
         asyncio.run(scenario())
 
 
+def test_who_looks_while_a_probe_hangs_does_not_start_another(probe: Probe) -> None:
+    async def scenario() -> None:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            watching = group.create_task(probe.watch.run())
+            while probe.watch.gpus.reading is not Reading.UNHEARD:
+                probe.watch.want()
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+            assert probe.starts == 1
+            watching.cancel()
+
+    probe.script.write_text(TROUBLE["hangs"][0])
+    with accepting(probe.socket, (sys.executable, "-I", str(probe.script))):
+        asyncio.run(scenario())
+
+
 async def test_without_systemd_the_same_program_is_a_child() -> None:
     proofs: list[Proof] = []
 

@@ -1,10 +1,13 @@
 """What a machine is: tiers by the largest GPU, else by processors; no GPU is a value."""
 
+from pathlib import Path
+
 import pytest
 
+from mycoswarmd.inventory import gpu
 from mycoswarmd.inventory.gpu import read_gpus
 from mycoswarmd.inventory.host import Host, read_host, tier_of
-from mycoswarmd.wire.probing import Gpu
+from mycoswarmd.wire.probing import Gpu, Gpus, Reading
 
 GIB = 1 << 30
 
@@ -27,3 +30,24 @@ def test_this_machine_is_read_whatever_it_has() -> None:
     assert host.memory_bytes > 100 << 20
     assert gpus.detail
     assert all(gpu.memory_bytes > 0 for gpu in gpus.found)
+
+
+def test_what_is_missing_of_a_driver_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With places that are not this machine's; for whole drivers see tests/appliance/test_probe.py."""
+    trace, control = tmp_path / "version", tmp_path / "nvidiactl"
+    monkeypatch.setattr(gpu, "_TRACES", (trace, control))
+    monkeypatch.setattr(gpu, "_CONTROL", control)
+    monkeypatch.setattr(gpu, "_LIBRARY", str(tmp_path / "none.so"))
+    assert read_gpus() == Gpus(reading=Reading.NO_DRIVER, detail="no NVIDIA driver")
+    trace.touch()
+    assert read_gpus().reading is Reading.NO_LIBRARY
+    monkeypatch.setattr(gpu, "_LIBRARY", "libc.so.6")
+    found = read_gpus()
+    assert (found.reading, found.detail) == (
+        Reading.REFUSED,
+        f"the NVIDIA driver is loaded, but {control} does not exist here",
+    )
+    control.touch()
+    found = read_gpus()
+    assert found.reading is Reading.FAILED
+    assert "its library has no nvmlInit_v2" in found.detail
