@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mycoswarmd.errors import ConfigError, EngineError, MycoswarmError
-from mycoswarmd.outposts.nostop import forbid_stopping
+from mycoswarmd.outposts.callfilter import forbid_stopping
 from mycoswarmd.outposts.selftest import prove
 from mycoswarmd.wire.engineunit import (
     ENVIRONMENT,

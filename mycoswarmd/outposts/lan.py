@@ -31,6 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mycoswarmd.errors import BadRequest
+from mycoswarmd.outposts.callfilter import forbid_packet_pairs
 from mycoswarmd.outposts.selftest import prove
 from mycoswarmd.wire.dial import (
     LOOPBACK,
@@ -379,6 +380,7 @@ def main(argv: Iterable[str]) -> int:
             "cannot serve: %s", "no listening socket was passed" if listener is None else "no such user"
         )
         return EXIT_USAGE
+    forbid_packet_pairs()
     proof = prove(Unit.LAN)
     for check in proof.weak():
         log.warning("not proved: %s (%s)", check.name.value, check.detail)

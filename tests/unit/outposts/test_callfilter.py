@@ -1,10 +1,52 @@
 """What Landlock is not asked about: connecting by sending, and calls that no filter sees."""
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
+
+PAIRS = """
+import errno, json, os, socket, sys
+from mycoswarmd.outposts import callfilter
+found = {"holds": getattr(callfilter, sys.argv[1])()} if len(sys.argv) > 1 else {}
+heard = socket.socket(fileno=os.dup(0))  # of somebody else, at a name that is no file
+for name, kind in (("packets", socket.SOCK_DGRAM), ("sequence", socket.SOCK_SEQPACKET)):
+    try:
+        one, other = socket.socketpair(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
+        with one, other:
+            found[name] = one.sendto(b"x", heard.getsockname()) if name == "packets" else "made"
+    except OSError as exc:
+        found[name] = errno.errorcode[exc.errno]
+one, other = socket.socketpair()
+with one, other:
+    one.send(b"y")
+    found["stream"] = other.recv(1).decode()
+try:
+    socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()
+    found["tcp"] = "made"
+except OSError as exc:
+    found["tcp"] = errno.errorcode[exc.errno]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("means", "said", "tcp"),
+    [
+        ("", {"packets": 1, "sequence": "made"}, "made"),
+        ("forbid_packet_pairs", {"packets": "EPERM", "sequence": "EPERM", "holds": True}, "made"),
+        ("forbid_streams", {"packets": "EPERM", "sequence": "EPERM", "holds": True}, "EPERM"),
+    ],
+)
+def test_a_pair_is_for_streams_and_for_nobody_else(means: str, said: dict[str, object], tcp: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind("")  # the kernel finds a name that is no file
+        argv = [sys.executable, "-I", "-c", PAIRS, *([means] if means else [])]
+        ran = subprocess.run(argv, capture_output=True, check=True, timeout=30, stdin=heard.fileno())
+    assert json.loads(ran.stdout) == {**said, "stream": "y", "tcp": tcp}
+
 
 CODE = """
 import ctypes, errno, json, socket, sys
