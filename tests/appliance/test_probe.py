@@ -224,6 +224,11 @@ def crashes_and_lies(trixie: Machine) -> None:
     assert "libnvidia-ml1" in said["no library"][2] and said["mismatch"][2] == "sudo reboot"
     assert "status=11/SEGV" in trixie.journal("-u", "mycoswarm-probe@*")
     restart(trixie, "crash")
+    # What the core would be, did it ask by itself.
+    control = trixie.run(
+        "python3", "-c", "from mycoswarmd.inventory.gpu import read_gpus as r; r()", check=False
+    )
+    assert control.code == -11, control
     found = host(trixie, "unheard")
     assert (found["gpus"], found["tier"] in {"light", "edge"}) == ([], True)
     status = ctl_json(trixie, "status")
