@@ -41,7 +41,7 @@ _WHY_NOT = _why_not()
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Keep all tests of this directory in one process, and skip them where no machine can be booted.
 
-    At collection, not in pytest_collection_modifyitems: xdist's hook of that name has read the groups by then.
+    At collection, not in pytest_collection_modifyitems: xdist's hook of that name has read them by then.
     """
     item.add_marker(pytest.mark.xdist_group("appliance"))
     if _WHY_NOT is not None:
