@@ -110,8 +110,9 @@ def box(request: pytest.FixtureRequest, appliance_lab: Lab) -> Iterator[Box]:
     for path in ("appliance/cage_driver.py", "integration/escape_probes.py", "integration/cage_agent.py"):
         machine.write(f"{PLACE}/{Path(path).name}", (ROOT / "tests" / path).read_text())
     machine.write("/etc/sysusers.d/mycoswarm.conf", (UNITS / "sysusers.conf").read_text())
-    machine.write("/etc/tmpfiles.d/cage.conf", (UNITS / "mycoswarm-task.tmpfiles.conf").read_text())
-    machine.sh(f"systemd-sysusers; systemd-tmpfiles --create cage.conf; mkdir -p {Path(CODE).parent}")
+    for name in ("tmpfiles.conf", "mycoswarm-task.tmpfiles.conf"):
+        machine.write(f"/etc/tmpfiles.d/my-{name}", (UNITS / name).read_text())
+    machine.sh(f"systemd-sysusers; systemd-tmpfiles --create --prefix=/run; mkdir -p {Path(CODE).parent}")
     machine.python(BUILD)
     made.add_unit("mycoswarm-task", SERVICE)
     made.add_unit(SCRIPTED, scripted(SERVICE))

@@ -74,6 +74,22 @@ def test_a_hung_node_is_started_anew(fresh: Fresh, suite: str) -> None:
     )
 
 
+def test_a_socket_of_an_outpost_that_is_made_anew_is_found(fresh: Fresh, suite: str) -> None:
+    """The node sees the directory, not the sockets of the moment in which it started."""
+    machine, _ = fresh[suite]
+    wait_ready(machine)
+    look = "systemctl show -P MainPID mycoswarmd; cd /run/mycoswarm-outposts; stat -c %i lan.sock signer.sock"
+    before = machine.sh(look).out.split()
+    machine.sh("cd /; systemctl restart mycoswarm-lan.socket mycoswarm-signer.socket mycoswarm-task.socket")
+    after = machine.sh(look).out.split()
+    assert after[0] == before[0]
+    assert {*before[1:]}.isdisjoint(after[1:])
+    machine.run("sleep", "2.1")  # so long a proof is fresh
+    said = ctl_json(machine, "status", "--security")["security"]
+    assert {"core", "lan", "signer"} <= {proof["unit"] for proof in said["proofs"]}
+    assert {"lan", "signer"}.isdisjoint(row["unit"] for row in said["unheard"])
+
+
 def test_with_a_network_of_its_own_it_does_not_start_and_says_why(fresh: Fresh, suite: str) -> None:
     machine, _ = fresh[suite]
     drop_in = "/run/systemd/system/mycoswarmd.service.d/open.conf"
