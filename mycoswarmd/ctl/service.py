@@ -16,6 +16,7 @@ import difflib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,8 @@ _ROOT = typer.Option(
 
 
 @service_app.command(
-    "install", epilog=examples("sudo mycoswarmctl service install", "sudo systemctl status mycoswarmd")
+    "install",
+    epilog=examples("sudo ~/.local/bin/mycoswarmctl service install", "systemctl status mycoswarmd"),
 )
 @guarded
 def install(
@@ -129,6 +131,7 @@ def install(
     service = Service(session, Path(root))
     service.need_root()
     service.refuse_beside_package()
+    service.refuse_from_itself()
     service.install(find_share(), source or f"mycoswarmd=={__version__}")
 
 
@@ -179,6 +182,15 @@ class Service:
                 hint="apt remove mycoswarmd first; what differs from the package: dpkg -V mycoswarmd",
             )
 
+    def refuse_from_itself(self) -> None:
+        """Raise Conflict for the command that is a part of the service: it could only bring what is there."""
+        if self._is_here and Path(sys.prefix) == Path(_HOME) / "venv":
+            raise Conflict(
+                "is-the-service",
+                "cannot install the service from itself: this command is a part of it, of this version",
+                hint="run that of pipx, by its path: sudo ~/.local/bin/mycoswarmctl service install",
+            )
+
     def need_root(self) -> None:
         """Raise ConfigError for anybody but root."""
         if os.geteuid() != 0:
@@ -195,7 +207,7 @@ class Service:
         placed_files = list(service_files(share))
         for placed in placed_files:  # all are looked at before anything is made
             self._firm(placed.path)
-        command = self._command()
+        command = self._firm(_COMMAND)
         self._make_environment(source, share / "lock.txt")
         for placed in placed_files:
             self._place(placed)
@@ -221,7 +233,7 @@ class Service:
             raise Conflict("not-installed", "cannot uninstall: nothing was installed by this command")
         ours = [self._firm(placed.path) for placed in service_files(share) if not placed.is_own]
         home = self._firm(f"{_HOME.lstrip('/')}/venv").parent
-        command = self._command()
+        command = self._firm(_COMMAND)
         if self._is_here:
             self._system("systemctl", "disable", "--quiet", "--now", *_started(share))
         for path in ours:
@@ -230,6 +242,8 @@ class Service:
             command.unlink()
         shutil.rmtree(home, ignore_errors=True)
         if self._is_here:
+            made = sorted(str(path) for path in Path("/run").glob("mycoswarm*"))  # of tmpfiles.d
+            self._system("rm", "-rf", "--one-file-system", "--", *made)
             self._system("journalctl", "--update-catalog")
             self._system("systemctl", "daemon-reload")
         self._session.aside(
@@ -297,13 +311,16 @@ class Service:
         new.replace(path)
 
     def _firm(self, path: str, *, make: bool = False) -> Path:
-        """Return where a file is, in a directory that is root's and on this system; make the directory."""
-        whole = self._root / path
-        return firm(whole.parent, within=self._root, make=make) / whole.name
+        """Return where a file is, in a directory that is root's and on this system; make the directory.
 
-    def _command(self) -> Path:
-        """Return where the operator's command is; here a group of administrators may write beside it."""
-        return self._root / _COMMAND if self._is_here else self._firm(_COMMAND)
+        Here a group of administrators may write in /usr/local.
+        """
+        whole = self._root / path
+        if self._is_here and path.startswith("usr/local/"):
+            if make:
+                whole.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            return whole
+        return firm(whole.parent, within=self._root, make=make) / whole.name
 
     def _system(self, *command: str, within_s: int = _SYSTEM_S) -> None:
         try:

@@ -1,6 +1,7 @@
 """The Debian package: the same bytes every time, nothing for lintian to find, the right things in it."""
 
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -136,6 +137,21 @@ def test_what_is_in_it(deb: Path, tree: Path) -> None:
         assert wanted in found, wanted
     control = subprocess.run(["dpkg-deb", "-I", str(deb), "conffiles"], capture_output=True, text=True).stdout
     assert control.split() == ["/etc/mycoswarm/mycoswarm.toml", "/etc/mycoswarm/policy.toml"]
+
+
+def test_the_list_of_what_it_is_made_of_is_in_it(deb: Path) -> None:
+    found = {member.name.removeprefix("./"): data for member, data in members(deb)}
+    sbom = json.loads(found["usr/share/mycoswarmd/sbom.cdx.json"])
+    assert sbom["bomFormat"] == "CycloneDX" and sbom["metadata"]["component"]["version"] == "0.1.0"
+    have = {row["name"]: row for row in sbom["components"]}
+    argv = ["dpkg-deb", "-f", str(deb), "Depends", "Recommends"]
+    fields = subprocess.run(argv, capture_output=True, text=True).stdout
+    asked = {text.split()[0] for line in fields.splitlines() for text in line.partition(":")[2].split(",")}
+    assert {"python3-aiohttp", "systemd", "bubblewrap"} <= asked
+    assert asked - set(have) <= {"python3", "python3:any"}  # which debhelper names
+    engines = [row for row in have.values() if row.get("hashes")]
+    assert engines and all(len(row["hashes"][0]["content"]) == 64 for row in engines)
+    assert not [row for row in have.values() if row["purl"].startswith("pkg:deb/") and "version" in row]
 
 
 def test_its_programs_start_quickly(deb: Path, tmp_path: Path) -> None:
