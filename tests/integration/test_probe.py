@@ -17,6 +17,8 @@ from mycoswarmd.wire.probing import LINE_BYTES, Gpu, Gpus, Reading, encode_repor
 from mycoswarmd.wire.proof import EXPECTED, Check, Proof, Unit
 from tests.cores import accepting, appliance
 from tests.integration.apis import Clock
+from tests.integration.test_appliance_core import SAYS_HELLO, engine_settings, until
+from tests.upstream import upstream
 
 pytestmark = pytest.mark.integration
 QUIET = "managed_engine = false\ndiscovery = false\n"
@@ -195,10 +197,17 @@ name = "test"
 id = "all"
 why = "the owner does everything here"
 effect = "allow"
-action = ["infer", "admin"]
+action = ["admin"]
+[[rule]]
+id = "large"
+why = "prompts are for machines with a large card"
+effect = "allow"
+action = ["infer"]
+tier = ["executive"]
 """
     with (
-        appliance(tmp_path / "node", QUIET, policy, started=False) as core,
+        upstream() as engine,
+        appliance(tmp_path / "node", QUIET + engine_settings(engine), policy, started=False) as core,
         accepting(core.outposts / "probe.sock", (sys.executable, "-I", str(script))),
     ):
 
@@ -215,8 +224,13 @@ action = ["infer", "admin"]
             rows = core.call("GET", "/api/doctor").json["checks"]
             return next(row for row in rows if row["name"] == "gpu")
 
+        def prompted() -> int:
+            until(lambda: core.call("GET", "/api/models").json["models"])
+            return core.call("POST", "/v1/chat/completions", SAYS_HELLO).status
+
         core.start()
         healthy = status("read")
+        assert prompted() == 200
         assert healthy["host"]["tier"] == "executive"
         assert healthy["host"]["gpus"][0]["name"] == CARD.name
         assert doctor() == {
@@ -235,5 +249,6 @@ action = ["infer", "admin"]
         assert broken["host"]["tier"] not in {"executive", "specialist", "worker"}
         assert any("graphics cards are unknown: the probe says" in one for one in broken["problems"])
         assert broken["state"] == "yellow"
+        assert prompted() == 403  # the policy is asked about the tier that is known
         assert "mycoswarm-probe.socket" in str(doctor()["fix"])
         assert "Traceback" not in core.log()
