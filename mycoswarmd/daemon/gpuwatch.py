@@ -37,8 +37,8 @@ LOOK = "systemctl status mycoswarm-probe.socket; journalctl -u 'mycoswarm-probe@
 # What mends what, for `doctor`; it goes to machines of every distribution.
 CURES = {
     Reading.NO_LIBRARY: "sudo apt install libnvidia-ml1 (Ubuntu: nvidia-utils of the driver's version)",
-    Reading.REFUSED: "sudo nvidia-modprobe -c 0 -u; where ls -l /dev/nvidia* names a group other than video: "
-    "docs/howto/gpu-workstation.md",
+    Reading.REFUSED: "sudo nvidia-modprobe -c 0 -u, so that it stays: sudo apt install nvidia-persistenced; "
+    "where ls -l /dev/nvidiactl names a group other than video: docs/howto/gpu-workstation.md",
     Reading.MISMATCH: "sudo reboot",
     Reading.FAILED: "nvidia-smi; sudo dmesg | grep -i nvrm",
     Reading.UNHEARD: LOOK,
