@@ -21,9 +21,10 @@ from functools import lru_cache
 
 from aiohttp.web_request import BaseRequest
 
+from mycoswarmd.core.policy.evaluate import DEFAULT_DENY
 from mycoswarmd.core.roster import Member
 from mycoswarmd.core.types import Principal, Role, Start
-from mycoswarmd.errors import BadRequest, Denied, Unauthenticated
+from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, Unauthenticated
 from mycoswarmd.flow.ports import Clock, KeyRow
 
 # Members of this group own the node, as uid 0 and the daemon's own uid do.
@@ -194,6 +195,16 @@ class Doorman:
                 hint="mycoswarmctl keys list",
             )
         return Principal(key=row.name)
+
+
+def with_way_out(exc: MycoswarmError, caller: Caller) -> MycoswarmError:
+    """Tell a local user whom no rule knows how the machine's owner becomes the node's."""
+    principal = caller.principal
+    is_nobodys = isinstance(exc, Denied) and exc.code == "policy-denied" and exc.rule in {"", DEFAULT_DENY}
+    if is_nobodys and not exc.hint and principal.user is not None and not principal.is_owner:
+        joining = f"sudo usermod -aG {OWNER_GROUP} {principal.user}"
+        exc.hint = f"if this machine is yours: use sudo; or {joining}, which counts within a minute"
+    return exc
 
 
 def role_needed(caller: Caller, who: frozenset[Who]) -> Denied:

@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
-from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed
+from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed, with_way_out
 from mycoswarmd.api.call import ROSTER_HEADER, Call
 from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
@@ -209,7 +209,9 @@ class Api:
         found = self._router.find(request.method, request.path)
         if found is None or (listener.door is Door.TCP and not caller.roles & found[0].who):
             raise self._no_route(caller, request)
-        return await self._enter(*found, caller, request)
+        # A prompt is denied for where it would go; who asks is seldom why.
+        asker = None if request.path.startswith("/v1/") else caller
+        return await _answered(self._enter(*found, caller, request), asker)
 
     # --- the swarm -------------------------------------------------------------------------------
 
@@ -328,7 +330,7 @@ class Api:
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
         if route.runs_to_its_end:
             # What changes something is not left half done when its caller goes away.
-            return await asyncio.shield(self._begun.create_task(_answered(route.handler(call))))
+            return await asyncio.shield(self._begun.create_task(_answered(route.handler(call), caller)))
         return await route.handler(call)
 
     def _no_route(self, caller: Caller, request: BaseRequest) -> MycoswarmError:
@@ -374,6 +376,8 @@ class Api:
         if isinstance(outcome, Permit):
             return
         if isinstance(outcome, Denied):
+            if caller.principal.is_owner and Who.LOCAL in caller.roles:  # root has the file, not the command
+                outcome.hint = self._services.policy.way_back
             raise outcome
         raise Denied(
             "not-approved",
@@ -384,12 +388,14 @@ class Api:
         )
 
 
-async def _answered(answer: Coroutine[None, None, StreamResponse]) -> StreamResponse:
-    """Turn what goes wrong into an answer."""
+async def _answered(
+    answer: Coroutine[None, None, StreamResponse], asker: Caller | None = None
+) -> StreamResponse:
+    """Turn what goes wrong into an answer, with a way out for `asker`."""
     try:
         return await answer
     except MycoswarmError as exc:
-        return _refusal(exc)
+        return _refusal(exc if asker is None else with_way_out(exc, asker))
     except ConnectionError:  # the client is gone; there is nobody to tell
         return Response(status=499)
     except Exception:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 
+from mycoswarmd.ctl.place import engine_command
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc, to_error
 from mycoswarmd.ctl.screen import clean, line
@@ -101,7 +102,7 @@ def first_model(session: Session) -> str:
         raise NotFound(
             "no-model",
             "cannot choose a model: this node serves none",
-            hint="`mycoswarmctl engine install` brings a small one; `mycoswarmctl models` lists all",
+            hint=f"`{engine_command()}` brings a small one; `mycoswarmctl models` lists all",
         )
     chosen = str(min(here, key=lambda row: not row.get("loaded"))["name"])
     session.aside(f"using model {chosen} on this node")

@@ -21,6 +21,7 @@ from typing import Any
 
 from mycoswarmd.ctl.download import Indexes, Pinned, disk_error, fetch, find_indexes
 from mycoswarmd.ctl.ground import firm
+from mycoswarmd.ctl.place import has_service
 from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.screen import size
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
@@ -106,6 +107,12 @@ def _find_state(*given: Path | None) -> Path:
     if os.geteuid() == 0:
         # The appliance keeps what the engine's unit must read apart from the node's state.
         return _APPLIANCE if _APPLIANCE.is_dir() else Path("/var/lib/mycoswarm")
+    if has_service():
+        raise ConfigError(
+            "not-root",
+            "cannot install as this user: the node here is a service, and looks elsewhere",
+            hint="sudo mycoswarmctl engine install; for a node of your own: --state DIR",
+        )
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "mycoswarm"
 

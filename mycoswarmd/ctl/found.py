@@ -1,6 +1,7 @@
 """`init` and `recover`: the two commands that hold the paper key of a swarm."""
 
 import importlib
+import os
 from collections.abc import Sequence
 
 from mycoswarmd.core.names import check_name
@@ -62,7 +63,9 @@ def init(
             hint="mycoswarmctl leave first",
         )
     if known.get("may_admin") is False:
-        raise Denied("policy-denied", "cannot begin a swarm: the policy does not let you command this node")
+        why = "the policy does not let you command this node"
+        hint = "" if os.geteuid() == 0 else "if this machine is yours: use sudo"
+        raise Denied("policy-denied", f"cannot begin a swarm: {why}", hint=hint)
     key = paper.make()
     if not as_json:
         paper.show(session, key, drawer)

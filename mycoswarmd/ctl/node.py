@@ -5,6 +5,7 @@ import time
 
 from mycoswarmd import __version__
 from mycoswarmd.ctl.members import ago
+from mycoswarmd.ctl.place import engine_command
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import count, line, size, span
@@ -85,7 +86,7 @@ def models(ctx: typer.Context, as_json: bool = JSON) -> None:
         for row in answer.get("models", [])
     ]
     headers = ("NAME", "ZONE", "VIA", "CONTEXT", "KINDS", "TOOLS", "LOADED", "SIZE")
-    session.table(headers, rows, empty="no models; `mycoswarmctl engine install` brings a small one")
+    session.table(headers, rows, empty=f"no models; `{engine_command()}` brings a small one")
 
 
 @guarded

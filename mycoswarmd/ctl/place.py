@@ -18,6 +18,8 @@ ROSTER_FILE = "roster.json"
 _PROBE_S = 1.0
 # Of the node that belongs to the machine; the policy decides what each user may do with it.
 SYSTEM_SOCKET = Path("/run/mycoswarm/api.sock")
+# Where a package or `service install` puts the unit of that node.
+UNIT_FILES = tuple(Path(f"/{place}/systemd/system/mycoswarmd.service") for place in ("etc", "usr/lib", "lib"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,18 @@ def find_socket(socket_path: Path | None, state: Path | None) -> Path:
     if named := os.environ.get("MYCOSWARM_SOCKET"):
         return Path(named)
     own = _runtime_dir() / "api.sock"
-    return SYSTEM_SOCKET if SYSTEM_SOCKET.exists() and not own.exists() else own
+    is_of_machine = SYSTEM_SOCKET.exists() or has_service()
+    return SYSTEM_SOCKET if is_of_machine and not own.exists() else own
+
+
+def has_service() -> bool:
+    """Tell whether the node of this machine is a service; it need not run."""
+    return any(path.exists() for path in UNIT_FILES)
+
+
+def engine_command() -> str:
+    """Return the command that gives the node of this machine an engine: a service's needs root."""
+    return f"{'sudo ' if has_service() else ''}mycoswarmctl engine install"
 
 
 def _runtime_dir() -> Path:

@@ -177,7 +177,9 @@ def _only_agent(session: Session) -> str:
         names = sorted(session.client.get("/api/policy").get("agents", {}))
     except Denied as exc:
         raise BadRequest(
-            "no-agent", "cannot choose an agent: you may not read the policy", hint="name one with --agent"
+            "no-agent",
+            "cannot choose an agent: you may not read the policy",
+            hint=f"name one with --agent{'; ' + exc.hint if exc.hint else ''}",
         ) from exc
     if len(names) != 1:
         has = f"it has {', '.join(names)}" if names else "it has none: add [agents.NAME]"

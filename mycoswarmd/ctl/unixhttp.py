@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mycoswarmd.ctl import unitstate
+from mycoswarmd.ctl.place import SYSTEM_SOCKET, has_service
 from mycoswarmd.ctl.refusals import refusal
 from mycoswarmd.errors import LocalProtocolError, Unreachable
 
@@ -195,12 +196,16 @@ def _too_large(at_most_bytes: int) -> LocalProtocolError:
     )
 
 
+def _start(path: Path) -> str:
+    return "sudo systemctl start mycoswarmd" if path == SYSTEM_SOCKET and has_service() else "mycoswarmd run"
+
+
 def _not_there(path: Path, exc: OSError) -> Unreachable:
     if isinstance(exc, FileNotFoundError | ConnectionRefusedError):
         return Unreachable(
             "daemon-not-running",
             f"cannot reach the daemon: nothing listens at {str(path)!r}",
-            hint="start it with `mycoswarmd run`, or say where it is with --socket or --state",
+            hint=f"start it with `{_start(path)}`, or say where it is with --socket or --state",
         )
     if isinstance(exc, PermissionError):
         return Unreachable(

@@ -142,6 +142,28 @@ def test_the_owner_mends_a_policy_that_was_broken_from_the_start(state: Path) ->
         assert it.call("GET", "/api/keys").status == 200
 
 
+def test_an_owner_who_is_locked_out_is_told_so_and_how_to_get_in(state: Path) -> None:
+    good = (state / "policy.toml").read_text()
+    with node(state) as it:
+        assert it.call("GET", "/api/status").json["problems"] == []
+        write_private(state / "policy.toml", good.replace('["infer", "task", "admin"]', '["infer"]'))
+        said = it.call("POST", "/api/policy/reload").json
+        assert [one for one in said["warnings"] if "nobody may administer this node" in one]
+        way = f"edit {state / 'policy.toml'}: allow action \"admin\" to origin \"owner\"; then: kill -HUP {it.pid}"
+        status = it.call("GET", "/api/status").json
+        assert status["problems"] == [f"nobody may administer this node: {way}"]
+        answer = it.call("POST", "/api/policy/reload")
+        assert (answer.status, answer.json["error"]["hint"]) == (403, way)
+        # The way out is one.
+        write_private(state / "policy.toml", good)
+        os.kill(it.pid, signal.SIGHUP)
+        for _ in range(100):
+            if not it.call("GET", "/api/status").json["problems"]:
+                break
+            time.sleep(0.05)
+        assert it.call("GET", "/api/keys").status == 200
+
+
 def test_a_failed_reload_keeps_the_policy_and_turns_status_yellow(state: Path) -> None:
     body = {"model": "ok", "messages": [{"role": "user", "content": "hi"}]}
     with node(state) as daemon:
@@ -471,6 +493,8 @@ def test_another_user_of_the_machine_sees_and_answers_nothing(state: Path, engin
         answers = json.loads(done.stdout)
         assert [status for status, _ in answers] == [404, 403, 403, 403, 403, 403], answers
         assert not any("a.txt" in text for _, text in answers)
+        for _, text in answers[3:]:
+            assert "sudo usermod -aG mycoswarm nobody" in json.loads(text)["error"]["hint"], text
         assert daemon.call("POST", f"/api/approvals/{task_id}", {"approve": True}).status == 200
         daemon.wait_task(task_id, "succeeded")
 

@@ -111,6 +111,8 @@ def describe(request: Request) -> str:
 
 def brief(request: Request) -> str:
     """Say in a few words what was asked for, without who and when."""
+    if request.action is Action.ADMIN:
+        return "administer this node"
     facts = facts_of(request)
     for key in ("origin", "hour", "roster_age", "sandbox", "tags", "node", "tier"):
         facts.pop(key, None)

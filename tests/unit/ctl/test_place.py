@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mycoswarmd.ctl.place import find_socket
+from mycoswarmd.ctl.place import engine_command, find_socket
 from mycoswarmd.daemon.settings import Options, load_settings
+from tests.unit.ctl.fakenode import ctl
 
 HOMES = [
     {},
@@ -55,6 +56,19 @@ def test_who_runs_no_node_finds_the_machines(monkeypatch: pytest.MonkeyPatch, tm
     own, system = tmp_path / "user" / "mycoswarm" / "api.sock", tmp_path / "system.sock"
     monkeypatch.setattr("mycoswarmd.ctl.place.SYSTEM_SOCKET", system)
     assert find_socket(None, None) == own
+    assert engine_command() == "mycoswarmctl engine install"
+    unit = tmp_path / "mycoswarmd.service"
+    monkeypatch.setattr("mycoswarmd.ctl.place.UNIT_FILES", (unit,))
+    unit.touch()  # a service that was stopped is no reason to start another node beside it
+    assert find_socket(None, None) == system
+    assert engine_command() == "sudo mycoswarmctl engine install"
+    monkeypatch.setattr("mycoswarmd.ctl.unixhttp.SYSTEM_SOCKET", system)
+    ran = ctl(None, "tasks")
+    assert (ran.code, ran.out) == (4, "") and "`sudo systemctl start mycoswarmd`" in ran.err
+    ran = ctl(None, "engine", "install")
+    assert ran.code == 1 and "hint: sudo mycoswarmctl engine install" in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mycoswarmd.service"]
+    unit.unlink()
     system.touch()
     assert find_socket(None, None) == system
     own.parent.mkdir(parents=True)
