@@ -1,19 +1,31 @@
 """The life of an installed node: reload, a broken policy, an upgrade, removal, purge."""
 
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
+from mycoswarmd.daemon.journal import EVENTS
 from tests.appliance.conftest import Images
 from tests.appliance.images import SUITES
-from tests.appliance.machines import Machine
+from tests.appliance.machines import Lab, Machine
 from tests.appliance.nodes import (
     ENGINE_TABLE,
     POLICY,
+    ROOT,
     SETTINGS,
     STATE,
     apt,
     ctl,
     ctl_json,
+    in_parallel,
+    install,
     repack,
+    restart_engine,
     start_engine,
     submit,
     wait_ready,
@@ -34,7 +46,18 @@ action = ["admin"]
 origin = ["owner"]
 """
 HALF = 'schema = 1\nname = "half"\n\n[[rule]]\nid = "own'
+# The build before the sockets of the outposts moved and the units got roots of their own.
+OLDER = "2d77fddfa1df9e02c0bacc11b55733ef9898ef3c"
+OLDER_VERSION = "0.0.1"
 EDIT = "\n# a line of mine\n"
+
+
+@dataclass(frozen=True)
+class Older:
+    """A package to upgrade from, and whether it was built from an older commit."""
+
+    deb: Path
+    is_old: bool
 
 
 def _policy_name(machine: Machine) -> str:
@@ -86,34 +109,99 @@ def test_with_half_a_policy_at_boot_the_last_good_one_holds(fresh: Fresh, suite:
     machine.wait_until("mycoswarmctl policy check " + POLICY, within_s=5)
 
 
-def test_an_upgrade_keeps_the_state_the_edits_and_the_promises(
-    fresh: Fresh, images: Images, suite: str
+@pytest.fixture(scope="module")
+def older(appliance_lab: Lab, images: Images) -> Older:
+    """Build the package of an older commit; where a shallow clone lacks it, repack today's as older."""
+    home = appliance_lab.home / "older"
+    home.mkdir()
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
+    packed = subprocess.run([*git, "archive", "--format=tar", OLDER], capture_output=True)
+    if packed.returncode != 0:
+        return Older(repack(images.deb, version=OLDER_VERSION), is_old=False)
+    subprocess.run(["tar", "-x", "-C", str(home)], input=packed.stdout, check=True)
+    build = [str(home / "packaging/build-deb"), str(home / "deb")]
+    built = subprocess.run(build, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return Older(repack(next((home / "deb").glob("*.deb")), version=OLDER_VERSION), is_old=True)
+
+
+@pytest.fixture(scope="module")
+def aged(appliance_lab: Lab, images: Images, older: Older) -> Iterator[dict[str, Machine]]:
+    """One machine of each release with the older package, an engine and a person's edits."""
+    made = {suite: appliance_lab.machine(f"aged-{suite}", getattr(images, suite)) for suite in SUITES}
+
+    def prepare(machine: Machine) -> None:
+        machine.wait_booted()
+        install(machine, older.deb)
+        start_engine(machine)
+        for conffile in (SETTINGS, POLICY):
+            machine.sh(f"printf '%s' '{EDIT}' >> {conffile}")
+        machine.run("systemctl", "restart", "mycoswarmd")
+        wait_ready(machine)
+
+    in_parallel(*(lambda machine=machine: prepare(machine) for machine in made.values()))
+    yield made
+    for machine in made.values():
+        machine.pull_plug()
+
+
+def test_an_upgrade_from_an_older_build_keeps_the_state_the_edits_and_the_promises(
+    aged: dict[str, Machine],
+    older: Older,
+    images: Images,
+    suite: str,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    machine, _ = fresh[suite]
-    start_engine(machine)
-    wait_ready(machine)
-    key = ctl(machine, "keys", "create", "editor").out.strip()
+    if not older.is_old:
+        record_property("unproved", f"an upgrade from an older build: {OLDER[:7]} is not in this clone")
+    machine = aged[suite]
+    assert "ii  mycoswarmd     0.0.1" in machine.run("dpkg", "-l", "mycoswarmd").out
+    ctl(machine, "keys", "create", "editor")
     done = submit(machine, "before the upgrade")
     wait_task(machine, done)
     head = ctl_json(machine, "audit", "head")
-    for conffile in (SETTINGS, POLICY):
-        machine.sh(f"printf '%s' '{EDIT}' >> {conffile}")
-    machine.run("systemctl", "restart", "mycoswarmd")
-    wait_ready(machine)
+    restart_engine(machine, pause_s=120)  # nothing ends by itself while apt takes its time
+    once = submit(machine, "in the middle, never twice", "--once")
+    running = submit(machine, "in the middle")
+    machine.wait_until(f'mycoswarmctl task {once} --json | grep -q \'"state": "running"\'')
+    waiting = [submit(machine, f"in the queue {number}") for number in range(6)]
+    assert ctl_json(machine, "task", waiting[-1])["task"]["state"] == "queued"
 
-    newer = repack(images.deb, version="99.0")
-    machine.write("/root/newer.deb", newer.read_bytes())
+    machine.write("/root/newer.deb", images.deb.read_bytes())
     said = apt(machine, "install", "/root/newer.deb").out
-    assert "Unpacking mycoswarmd (99.0)" in said, said
+    assert "Unpacking mycoswarmd (0.1.0) over (0.0.1)" in said, said
+    restart_engine(machine)
     wait_ready(machine)
     assert machine.run("systemctl", "is-active", "mycoswarmd").out == "active\n"
     for conffile in (SETTINGS, POLICY):
         assert EDIT in machine.run("cat", conffile).out
     assert ENGINE_TABLE in machine.run("cat", SETTINGS).out
-    assert ctl_json(machine, "task", done)["task"]["id"] == done
-    assert "editor" in ctl(machine, "keys", "list").out and key
+    assert ctl_json(machine, "task", done)["task"]["state"] == "succeeded"
+    assert "editor" in ctl(machine, "keys", "list").out
+    ends = {task: wait_task(machine, task)["state"] for task in (once, running, *waiting)}
+    assert ends.pop(once) == "parked"  # it may not run twice: a person decides
+    assert set(ends.values()) == {"succeeded"}, ends
+    ctl(machine, "retry", once)
+    machine.wait_until(f'mycoswarmctl task {once} --json | grep -q \'"state": "succeeded"\'')
     ctl(machine, "audit", "verify")
-    assert ctl_json(machine, "audit", "head")["seq"] >= head["seq"]
+    assert ctl_json(machine, "audit", "head")["seq"] > head["seq"]
+    assert machine.run("systemctl", "--failed", "--no-legend", check=False).out == ""
+
+
+def _check_it_is_named_at_once(machine: Machine) -> None:
+    """A node that cannot start: whoever asks hears so in about two seconds, and systemd says why."""
+    for user in (None, "alice"):
+        asked_s = time.monotonic()
+        failed = ctl(machine, "status", check=False, user=user)
+        took_s = time.monotonic() - asked_s
+        assert failed.code == 4 and took_s < 5, (took_s, failed)  # two cores do a lot at once here
+        assert "does not start" in failed.err and SETTINGS in failed.err, failed
+        assert "systemctl status mycoswarmd" in failed.err, failed
+    machine.wait_until(f"systemctl status mycoswarmd | grep -q 'Status: .cannot.*{SETTINGS}'", within_s=10)
+    found = machine.run("journalctl", "-b", "-o", "json", f"MESSAGE_ID={EVENTS['cannot-run']}", "-n", "1").out
+    entry = json.loads(found)
+    assert SETTINGS in entry["MESSAGE"] and entry["PRIORITY"] == "3", entry
+    assert entry["_SYSTEMD_UNIT"] == "mycoswarmd.service"
 
 
 def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images, suite: str) -> None:
@@ -125,8 +213,14 @@ def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images,
     assert machine.run("pgrep", "-f", "mycoswarmd", check=False).out == ""
     assert machine.path(STATE).is_dir() and list(machine.path(STATE).iterdir())
     machine.write("/root/again.deb", images.deb.read_bytes())
-    apt(machine, "install", "/root/again.deb")
-    wait_ready(machine)
+    machine.sh(f"cp {SETTINGS} /root/good.toml; echo 'a line that is none' >> {SETTINGS}")
+    again = apt(machine, "install", "/root/again.deb")
+    told = [line for line in (again.out + again.err).splitlines() if "did not start" in line]
+    assert len(told) == 1 and SETTINGS in told[0] and "journalctl -xeu mycoswarmd" in told[0], again
+    assert "mycoswarmctl init" not in again.out
+    _check_it_is_named_at_once(machine)
+    machine.run("cp", "/root/good.toml", SETTINGS)
+    wait_ready(machine, within_s=10)  # by itself
     assert "keeper" in ctl(machine, "keys", "list").out  # the state was taken up again
     models = "/var/lib/mycoswarm-engine/models"  # on a disk of its own, as gigabytes are
     machine.sh(f"mkdir -p /srv/films; echo kept > /srv/films/film; mount --bind /srv/films {models}")
