@@ -43,6 +43,11 @@ class PolicyDesk(Protocol):
         """The policy in force, or None: everything is denied."""
         ...
 
+    @property
+    def way_back(self) -> str:
+        """How the owner gets in again whom the policy locks out, as a hint."""
+        ...
+
     def report(self) -> Mapping[str, object]:
         """Describe the file, its text, its problem, warnings and proofs."""
         ...

@@ -213,7 +213,12 @@ def policy(box: Box, node: Node) -> Iterator[Finding]:
     except ConfigError:  # root's to read
         return
     warnings = report["warnings"]
-    if warnings:
+    if report["locked"]:
+        detail = 'The policy lets nobody administer this node: no rule allows action "admin" to any person.'
+        reload = " && sudo systemctl reload mycoswarmd" if node.is_service else ""
+        fix = f"sudoedit {node.policy}{reload}"
+        yield Finding(name="policy", severity=Severity.WEAK, detail=detail, fix=fix)
+    elif warnings:
         detail = f"The policy is valid, with {len(warnings)} warning(s)."
         fix = f"mycoswarmctl policy check {node.policy}"
         yield Finding(name="policy", severity=Severity.NOTE, detail=detail, fix=fix)

@@ -36,6 +36,7 @@ def check(path: Path, text: str | None) -> Doc:
         "path": str(path),
         "sha256": policy.sha256,
         "rules": len(policy.rules),
+        "locked": checked.is_locked,
         "warnings": [_row(problem) for problem in checked.warnings],
         "tests": [_case(result) for result in checked.tests],
         "proofs": [_proof(result) for result in checked.proofs],

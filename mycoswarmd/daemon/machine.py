@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from mycoswarmd import __version__
+from mycoswarmd.core.policy.administer import NOBODY
 from mycoswarmd.core.tasks import TaskState
 from mycoswarmd.core.types import SandboxLevel, Unknown
 from mycoswarmd.daemon.door import ProgramDoor
 from mycoswarmd.daemon.gpuwatch import CURES, LOOK
 from mycoswarmd.daemon.ownfacts import OwnFacts
-from mycoswarmd.daemon.policyfile import PolicyKeeper
+from mycoswarmd.daemon.policyfile import PolicyKeeper, way_back
 from mycoswarmd.daemon.security import Security
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.daemon.swarmparts import SwarmParts
@@ -178,6 +179,8 @@ class NodeMachine:
 
     def _problems(self) -> list[str]:
         problems = [self._policy.problem] if self._policy.problem else []
+        if self._is_locked():
+            problems.append(f"{NOBODY}: {self._way_back()}")
         if self._receipts.problem is not None:
             problems.append(
                 f"receipts cannot be written, so nothing is answered: {self._receipts.problem.message}"
@@ -197,6 +200,13 @@ class NodeMachine:
         if not any(engine.models() for engine in self._engines) and self._swarm.roster is None:
             problems.append("no model is served: mycoswarmctl engine install")
         return problems
+
+    def _is_locked(self) -> bool:
+        """Tell whether the policy in force lets nobody administer this node."""
+        return self._policy.checked is not None and self._policy.checked.is_locked
+
+    def _way_back(self) -> str:
+        return way_back(self._settings.policy_file, is_service=self._settings.appliance)
 
     async def _task_counts(self) -> dict[str, int]:
         counts = await self._tasks.counts()
@@ -224,6 +234,8 @@ class NodeMachine:
                 severity="fail",
             )
         name = self._policy.policy.name if self._policy.policy is not None else "none"
+        if self._is_locked():
+            return _check("policy", is_ok=False, detail=f"{name!r}: {NOBODY}", fix=self._way_back())
         return _check("policy", is_ok=True, detail=f"{name!r} from {self._settings.policy_file}")
 
     def _clock_check(self) -> dict[str, object]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mycoswarmd.core.policy.administer import CURE
 from mycoswarmd.core.policy.check import Checked, check_policy
 from mycoswarmd.core.policy.diff import changed_requests
 from mycoswarmd.core.policy.model import Policy
@@ -32,6 +33,12 @@ class Reload:
 
     changed: tuple[str, ...]
     warnings: tuple[Problem, ...]
+
+
+def way_back(path: Path, *, is_service: bool) -> str:
+    """Say how the owner gets in again where the policy itself lets nobody administer the node."""
+    reload = "sudo systemctl reload mycoswarmd" if is_service else f"kill -HUP {os.getpid()}"
+    return f"edit {path}: {CURE}; then: {reload}"
 
 
 def load_policy(path: Path) -> Checked:

@@ -26,7 +26,7 @@ from mycoswarmd.daemon.gpuwatch import GpuWatch
 from mycoswarmd.daemon.machine import NodeMachine
 from mycoswarmd.daemon.outside import Outside, make_outside
 from mycoswarmd.daemon.ownfacts import OwnFacts
-from mycoswarmd.daemon.policyfile import PolicyKeeper
+from mycoswarmd.daemon.policyfile import PolicyKeeper, way_back
 from mycoswarmd.daemon.security import ProvedCages, Security, find_capability
 from mycoswarmd.daemon.settings import EngineSetting, Settings
 from mycoswarmd.daemon.swarmparts import make_swarm
@@ -58,14 +58,20 @@ _BLOB_BYTES = 256 << 20
 class PolicyDesk:
     """The policy keeper as the API sees it: a change of policy has its receipt before it is in force."""
 
-    def __init__(self, keeper: PolicyKeeper, receipts: SqliteReceiptLog) -> None:
+    def __init__(self, keeper: PolicyKeeper, receipts: SqliteReceiptLog, *, is_service: bool) -> None:
         self._keeper = keeper
         self._receipts = receipts
+        self._is_service = is_service
 
     @property
     def policy(self) -> Policy | None:
         """The policy in force."""
         return self._keeper.policy
+
+    @property
+    def way_back(self) -> str:
+        """How the owner gets in again whom the policy locks out."""
+        return way_back(self._keeper.path, is_service=self._is_service)
 
     def report(self) -> Mapping[str, object]:
         """Describe the file and what is in force."""
@@ -232,7 +238,7 @@ async def running_node(settings: Settings, api_socket: socket.socket | None = No
             parts=parts,
         )
         word = parts.word(prompts, engines, state=machine.state, settings=settings)
-        policy_desk = PolicyDesk(keeper, receipts)
+        policy_desk = PolicyDesk(keeper, receipts, is_service=settings.appliance)
         services = Services(
             prompts=prompts,
             tasks=tasks,

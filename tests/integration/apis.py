@@ -87,6 +87,10 @@ class Desk:
             POLICY, path="test.toml", resolve_program=lambda _: None
         ).policy
 
+    @property
+    def way_back(self) -> str:
+        return "mend the file"
+
     def report(self) -> Mapping[str, object]:
         return {}
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -149,7 +150,9 @@ def test_an_owner_who_is_locked_out_is_told_so_and_how_to_get_in(state: Path) ->
         write_private(state / "policy.toml", good.replace('["infer", "task", "admin"]', '["infer"]'))
         said = it.call("POST", "/api/policy/reload").json
         assert [one for one in said["warnings"] if "nobody may administer this node" in one]
-        way = f"edit {state / 'policy.toml'}: allow action \"admin\" to origin \"owner\"; then: kill -HUP {it.pid}"
+        way = (
+            f'edit {state / "policy.toml"}: allow action "admin" to origin "owner"; then: kill -HUP {it.pid}'
+        )
         status = it.call("GET", "/api/status").json
         assert status["problems"] == [f"nobody may administer this node: {way}"]
         answer = it.call("POST", "/api/policy/reload")

@@ -29,6 +29,15 @@ def test_the_sample_loads_proves_and_its_test_passes() -> None:
     assert [test.passed for test in found.tests] == [True]
 
 
+def test_the_first_policy_that_people_copy_leaves_them_in_charge() -> None:
+    """README's own, put where README says."""
+    (text,) = BLOCK.findall((ROOT / "README.md").read_text())
+    found = checked(text)
+    assert (found.is_locked, found.warnings) == (False, ())
+    owner = text.index('[[rule]]\nid     = "owner"')
+    assert checked(text[:owner] + text[text.index("[[rule]]", owner + 1) :]).is_locked
+
+
 def test_the_sample_uses_every_kind_of_section() -> None:
     text = sample()
     for section in (

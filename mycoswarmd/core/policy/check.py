@@ -7,6 +7,7 @@ Source: design, policy language, points 4, 11, 12, 13.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from mycoswarmd.core.policy.administer import CURE, NOBODY, nobody_administers
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.globs import TooManyGlobs
 from mycoswarmd.core.policy.model import Policy, PolicyTest
@@ -34,12 +35,17 @@ class PolicyTestResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A policy that may be put in force, and what was found on the way."""
+    """A policy that may be put in force, and what was found on the way.
+
+    Attributes:
+        is_locked: it is proved that nobody may administer the node; one of the warnings says so.
+    """
 
     policy: Policy
     warnings: tuple[Problem, ...]
     proofs: tuple[ProofResult, ...]
     tests: tuple[PolicyTestResult, ...]
+    is_locked: bool = False
 
 
 def check_policy(data: bytes, *, path: str, resolve_program: Callable[[str], str | None]) -> Checked:
@@ -61,7 +67,10 @@ def check_policy(data: bytes, *, path: str, resolve_program: Callable[[str], str
     problems += [_disproved(policy, proof) for proof in proofs if not proof.holds]
     if problems:
         raise PolicyInvalid(tuple(sorted(problems, key=lambda problem: problem.line)))
-    return Checked(policy=policy, warnings=tuple(warnings), proofs=proofs, tests=tests)
+    is_locked = nobody_administers(policy)
+    if is_locked:
+        warnings.append(_problem(policy, 1, NOBODY, CURE))
+    return Checked(policy=policy, warnings=tuple(warnings), proofs=proofs, tests=tests, is_locked=is_locked)
 
 
 def run_tests(policy: Policy) -> tuple[PolicyTestResult, ...]:

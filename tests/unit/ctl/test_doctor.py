@@ -26,6 +26,17 @@ from tests.unit.ctl.fakenode import FakeNode, answer, ctl
 OK, NOTE, WEAK, BROKEN = Severity
 Change = Callable[[Tree], object]
 SHIPPED = Path(__file__).parents[3] / "policy" / "profiles" / "home.toml"
+LOCKED = """schema = 1
+name   = "mine"
+
+[[rule]]
+id     = "answered-here"
+why    = "prompts up to private may be answered by this machine"
+effect = "allow"
+action = "infer"
+zone   = ["self"]
+label  = { max = "private" }
+"""
 
 
 def findings(tree: Tree, *, is_running: bool = True) -> dict[str, Finding]:
@@ -195,6 +206,11 @@ CASES: dict[str, tuple[Change, dict[str, Severity], str]] = {
     ),
     "a policy for all to write": (policy_of_mode(0o646), {"policy": BROKEN}, "chmod go-w"),
     "a policy for a group to write": (policy_of_mode(0o664), {"policy": BROKEN}, "chmod go-w"),
+    "a policy that lets nobody administer": (
+        lambda tree: tree.put({"/etc/mycoswarm/policy.toml": LOCKED}),
+        {"policy": WEAK},
+        "sudoedit /etc/mycoswarm/policy.toml && sudo systemctl reload mycoswarmd",
+    ),
     "a sound policy": (
         lambda tree: tree.put({"/etc/mycoswarm/policy.toml": SHIPPED.read_text()}),
         {},

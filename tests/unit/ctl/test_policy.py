@@ -64,6 +64,13 @@ def test_a_good_file_is_checked_without_a_node(file: Path) -> None:
     assert (document["rules"], len(document["tests"]), len(document["proofs"])) == (3, 1, 1)
 
 
+def test_a_file_that_lets_nobody_administer_is_valid_with_a_warning(file: Path) -> None:
+    change(file, 'action = ["task", "admin"]', 'action = "task"')
+    ran = ctl(None, "--socket", "/nowhere", "policy", "check", str(file))
+    assert ran.code == 0, ran.err
+    assert f"warning: {file}:1: nobody may administer this node" in ran.err
+
+
 def test_every_mistake_is_listed_with_its_line(file: Path) -> None:
     change(
         file,

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from mycoswarmd.core.policy.administer import NOBODY
 from mycoswarmd.core.policy.check import check_policy
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
 from mycoswarmd.core.policy.parse import MAX_BYTES, parse_policy
 from mycoswarmd.core.policy.prove import prove
 from mycoswarmd.core.policy.request import describe, parse_request
-from mycoswarmd.core.types import Limits
+from mycoswarmd.core.types import Action, Limits, Principal, Request
 from mycoswarmd.errors import Denied, PolicyInvalid, Problem
 from tests.policies import checked
 
@@ -49,7 +50,8 @@ def problems(text: str) -> list[Problem]:
 
 
 def test_the_head_of_these_tests_is_fine() -> None:
-    assert checked(HEAD + rule('action = "infer"', 'zone = ["self"]')).warnings == ()
+    owner = rule('action = "admin"', 'origin = "owner"', name="owner")
+    assert checked(HEAD + owner + rule('action = "infer"', 'zone = ["self"]')).warnings == ()
 
 
 def test_the_documented_policy_loads_proves_and_warns_of_interpreters() -> None:
@@ -248,7 +250,7 @@ def test_a_rule_that_matches_nothing_is_an_error(lines: tuple[str, ...], effect:
     ],
 )
 def test_a_rule_that_never_decides_is_a_warning(text: str, warned: bool) -> None:
-    found = [str(warning) for warning in checked(HEAD + text).warnings]
+    found = [str(warning) for warning in checked(HEAD + text).warnings if NOBODY not in warning.message]
     assert ["rule 'r' never decides" in one for one in found] == ([True] if warned else [])
 
 
@@ -352,6 +354,54 @@ def test_a_program_that_is_not_here_is_a_warning_and_cannot_run() -> None:
     )
     assert found.policy.tools["run"].programs == ("/usr/bin/ls",)
     assert "'no-such' is not on this node" in found.warnings[0].message
+
+
+ADMIN = 'action = "admin"'
+
+
+@pytest.mark.parametrize(
+    ("text", "locked"),
+    [
+        ("", True),
+        (rule('action = "infer"', 'zone = ["self"]'), True),
+        (rule(ADMIN), False),
+        (rule('zone = "self"', 'origin = "owner"'), False),  # every action is this one, too
+        (rule(ADMIN, 'origin = "alice"'), False),
+        (rule(ADMIN, 'from = "local"'), False),
+        (rule(ADMIN, 'hours = "08:00-09:00"'), False),  # at eight somebody may
+        (rule(ADMIN, 'from = "peer"'), True),  # another node never administers this one
+        (rule(ADMIN, 'origin = "pi"'), True),
+        (rule(ADMIN, 'origin = ["pi", "alice"]'), False),
+        (rule('action = ["task", "admin"]', 'label = { max = "secret" }'), True),  # it has no label
+        (rule(ADMIN, effect="ask"), True),  # who would say yes has to administer first
+        (rule(ADMIN) + rule(ADMIN, effect="ask", name="a"), True),
+        (rule(ADMIN) + rule('zone = "self"', effect="forbid", name="f"), True),
+        (rule(ADMIN) + rule(ADMIN, 'origin = "owner"', effect="forbid", name="f"), False),  # others may
+        (rule(ADMIN, 'origin = "owner"') + rule(ADMIN, 'origin = "owner"', effect="forbid", name="f"), True),
+        (
+            rule(ADMIN, 'origin = ["owner", "alice"]')
+            + rule(ADMIN, 'origin = "owner"', effect="forbid", name="f"),
+            False,
+        ),
+        (rule(ADMIN, 'origin = "owner"') + rule(ADMIN, 'origin = "alice"', effect="forbid", name="f"), False),
+    ],
+)
+def test_a_policy_that_lets_nobody_administer_the_node_is_a_warning(text: str, locked: bool) -> None:
+    found = checked(HEAD + text)
+    assert found.is_locked is locked
+    said = [one for one in found.warnings if one.message == NOBODY]
+    assert [(one.path, one.line, "owner" in one.hint) for one in said] == (
+        [("policy.toml", 1, True)] if locked else []
+    )
+    # The same code that decides says so: of everybody whom the file can tell apart, nobody is let in.
+    people = [Principal(is_owner=owner, user=user) for owner in (False, True) for user in (None, "alice")]
+    allowed = [
+        isinstance(
+            evaluate(found.policy, Request(action=Action.ADMIN, principal=one, minute_of_day=8 * 60)), Permit
+        )
+        for one in people
+    ]
+    assert any(allowed) is not locked
 
 
 def test_large_policies_are_checked_in_reasonable_time() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mycoswarmd.core.policy.administer import NOBODY
 from mycoswarmd.core.policy.evaluate import Approval, NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.model import Conditions, Origin, is_person, origins_of
 from mycoswarmd.core.policy.request import fingerprint
@@ -85,7 +86,8 @@ def test_a_rule_about_an_id_is_proved_tested_and_explained() -> None:
         + test.format('"friend"', "allow").replace('"t"', '"u"')
         + test.format('{ node = "pi" }', "deny").replace('"t"', '"v"')
     )
-    assert good.warnings == ()  # a rule that nobody could match would be warned about
+    # A rule that nobody could match would be warned about, too.
+    assert [one.message for one in good.warnings] == [NOBODY]
     never = '[[invariant]]\nid = "i"\nnever = { action = ["infer"], from = ["peer"] }\n'
     with pytest.raises(Exception, match=PI_ID):
         checked(HEAD + origins + rule + never)
