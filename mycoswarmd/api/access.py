@@ -7,6 +7,7 @@ sends along (`Origin`, `Sec-Fetch-Site`) is refused, on every listener: no page 
 Source: unix(7) SO_PEERCRED; RFC 9112 section 3.2; docs/wire.md.
 """
 
+import asyncio
 import grp
 import hashlib
 import os
@@ -123,7 +124,7 @@ class Doorman:
     ) -> None:
         self._key_of = key_of
         self._clock = clock
-        self._own_uid = own_uid
+        self.own_uid = own_uid
         self.book = book
 
     def admit(self, listener: Listener, request: BaseRequest) -> Caller:
@@ -169,13 +170,13 @@ class Doorman:
         sock = transport.get_extra_info("socket") if transport is not None else None
         if sock is None:
             raise Unauthenticated("no-credentials", "cannot tell who is calling: the connection is gone")
-        pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        pid, uid, gid = _credentials(sock)
         if pid == os.getpid():
             # An engine that puts a link to our socket in place of its own would have us ask ourselves,
             # and be the owner.
             raise Unauthenticated("own-call", "cannot answer this node's own call")
         user, groups = _user_and_groups(uid, gid, int(self._clock.monotonic_s()) // _GROUPS_KEPT_S)
-        is_owner = uid in {0, self._own_uid} or OWNER_GROUP in groups
+        is_owner = uid in {0, self.own_uid} or OWNER_GROUP in groups
         return Principal(is_owner=is_owner, uid=uid, user=user, groups=groups)
 
     def _program(self, request: BaseRequest) -> Principal:
@@ -205,6 +206,16 @@ def with_way_out(exc: MycoswarmError, caller: Caller) -> MycoswarmError:
         joining = f"sudo usermod -aG {OWNER_GROUP} {principal.user}"
         exc.hint = f"if this machine is yours: use sudo; or {joining}, which counts within a minute"
     return exc
+
+
+def uid_of(transport: asyncio.BaseTransport) -> int:
+    """Return whose process is at the other end of a unix socket."""
+    return _credentials(transport.get_extra_info("socket"))[1]
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
 
 
 def role_needed(caller: Caller, who: frozenset[Who]) -> Denied:

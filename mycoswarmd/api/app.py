@@ -15,6 +15,7 @@ import ssl
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -24,8 +25,9 @@ from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed, with_way_out
 from mycoswarmd.api.call import ROSTER_HEADER, Call
-from mycoswarmd.api.lines import Bounds, Line, Lines, LineServer
+from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
+from mycoswarmd.api.room import BodyRoom
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Route, make_router
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
@@ -45,12 +47,11 @@ log = logging.getLogger(__name__)
 # A client that sends its body slower than this holds a connection for nothing.
 _BODY_S = 60.0
 _STOP_S = 5.0
-# Bodies above this are held in memory by few callers at a time.
-_LARGE_BYTES = 16 << 20
-_LARGE_AT_ONCE = 2
-# Of one member: bodies above this come a few at a time, so that it holds up itself and nobody else.
-_MEMBER_BYTES = 1 << 20
+# A member's rosters come a few at a time, so that it holds up itself and nobody else.
 _MEMBER_AT_ONCE = 4
+# What bodies may take of memory, from before they are read until they are answered.
+_ROOM_BYTES = 256 << 20
+_ROOM_OF_CALLER_BYTES = 64 << 20
 # JSON is parsed without letting any other task run, and makes twenty times as much of each of these signs.
 _PARTS = (b"[", b"{", b":")
 _PARTS_OF_PROMPT = 1 << 19  # texts are full of them
@@ -89,12 +90,15 @@ class Api:
         self._services = services
         self._doorman = doorman
         self._router = make_router(routes)
-        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        room = partial(BodyRoom, all_bytes=_ROOM_BYTES, each_bytes=_ROOM_OF_CALLER_BYTES, patience_s=_BODY_S)
+        self._room, self._owners_room = room(), room()
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()
         book = doorman.book
-        self._lines = Lines(self._bounds, read_id=book.read_id if book is not None else None)
+        self._lines = Lines(
+            self._bounds, read_id=book.read_id if book is not None else None, own_uid=doorman.own_uid
+        )
         now_s = services.clock.monotonic_s
         self._knocks = Buckets(monotonic_s=now_s, each=_KNOCKS_OF_EACH, all_=_KNOCKS_OF_ALL)
         self._shakes = Buckets(monotonic_s=now_s, each=_SHAKES_OF_EACH, all_=_SHAKES_OF_ALL)
@@ -126,9 +130,15 @@ class Api:
         """Serve on a bound socket while the context lasts; the swarm's listener needs its TLS context."""
 
         async def handle(request: BaseRequest) -> StreamResponse:
+            line = self._lines.of(request)
             if listener.door is Door.SWARM:
-                return await self._serve_peer(self._lines.of(request), request)
-            return await _answered(self._serve(listener, request))
+                return await self._serve_peer(line, request)
+            if line is None:
+                return Response(status=499)  # it ended before its request was looked at
+            line.allow(None)
+            response = await _answered(self._serve(listener, line, request))
+            line.allow(KEEPALIVE_S + self._bounds.local_patience_s)
+            return response
 
         server = LineServer(handle, lines=self._lines, door=listener.door)
         runner = web.ServerRunner(server, shutdown_timeout=_STOP_S)
@@ -202,9 +212,9 @@ class Api:
 
     # --- local users and programs ----------------------------------------------------------------
 
-    async def _serve(self, listener: Listener, request: BaseRequest) -> StreamResponse:
-        if self._lines.refused:
-            self._lines.check(request)
+    async def _serve(self, listener: Listener, line: Line, request: BaseRequest) -> StreamResponse:
+        if line.refusal is not None:
+            raise line.refusal
         caller = self._doorman.admit(listener, request)
         found = self._router.find(request.method, request.path)
         if found is None or (listener.door is Door.TCP and not caller.roles & found[0].who):
@@ -290,16 +300,25 @@ class Api:
             raise role_needed(caller, route.who)
         if route.gate not in _FREE:
             await self._pass_gate(route, names, caller)
-        if route.body_bytes > _LARGE_BYTES:
-            async with self._large:
-                return await self._handled(route, names, caller, request, roster, line)
-        if roster and route.path == SYNC_PATH:
-            async with self._turn_of(caller):
-                return await self._handled(route, names, caller, request, roster, line)
-        return await self._handled(route, names, caller, request, roster, line)
+        async with contextlib.AsyncExitStack() as held:
+            if request.body_exists:
+                if roster and route.path == SYNC_PATH:
+                    await held.enter_async_context(self._turn_of(caller))
+                await held.enter_async_context(self._room_for(caller, route, request))
+            return await self._handled(route, names, caller, request, roster, line)
+
+    def _room_for(
+        self, caller: Caller, route: Route, request: BaseRequest
+    ) -> contextlib.AbstractAsyncContextManager[None]:
+        """Return what holds the memory for a body; others cannot use up the owner's."""
+        length = request.content_length
+        if length is not None and length > route.body_bytes:
+            raise _too_large(route.body_bytes)
+        room = self._owners_room if caller.principal.is_owner else self._room
+        return room.taken(caller.principal.describe(), route.body_bytes if length is None else length)
 
     def _turn_of(self, caller: Caller) -> asyncio.Semaphore:
-        """Return what a member's large bodies wait for."""
+        """Return what a member's rosters wait for."""
         who = caller.principal.describe()
         turn = self._of_member.get(who)
         if turn is None:
@@ -317,14 +336,13 @@ class Api:
     ) -> StreamResponse:
         body = b""
         if request.body_exists:
-            is_apart = bool(roster) and route.body_bytes > _MEMBER_BYTES and route.path != SYNC_PATH
-            async with self._turn_of(caller) if is_apart else contextlib.nullcontext():
-                body = await _read_body(request, route.body_bytes)
+            body = await _read_body(request, route.body_bytes)
             if line is not None:
                 _check_parts(body, _PARTS_OF_STRANGER)
+            elif route.gate is Gate.INSIDE:
+                _check_parts(body, _PARTS_OF_PROMPT)
             elif roster:
-                is_prompt = route.gate is Gate.INSIDE
-                _check_parts(body, _PARTS_OF_PROMPT if is_prompt else _PARTS_OF_MEMBER)
+                _check_parts(body, _PARTS_OF_MEMBER)
         if line is not None:
             line.allow(_ANSWER_S)
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster)

@@ -1,8 +1,9 @@
 """The connections that are open: how many, to whom, and how to end them at once.
 
 Law: every connection is counted from the moment it is accepted, in its own kind's bound, so that no kind
-of caller can take the places of another. Over the bound a caller is told so in one answer; where even
-those are many, the connection just ends. A member's connections can be cut while they answer.
+of caller can take the places of another, nor one account those of its neighbours and of the owner. Over the
+bound a caller is told so in one answer; where even those are many, the connection just ends. Who says nothing
+is waited for by the clock. A member's connections can be cut while they answer.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
-from mycoswarmd.api.access import Door
+from mycoswarmd.api.access import Door, uid_of
 from mycoswarmd.api.porch import source_of
 from mycoswarmd.errors import BadRequest, Unavailable
 
@@ -27,7 +28,7 @@ _SILENT = logging.getLogger("mycoswarmd.silent")
 _SILENT.disabled = True
 
 # The OpenAI client keeps connections for a long time; an idle one costs a few KB.
-_KEEPALIVE_S = 75.0
+KEEPALIVE_S = 75.0
 # aiohttp before 3.9 lets a handler run on when its caller has gone away; there we do what later ones do.
 _CANCELS_HANDLERS = "handler_cancellation" in inspect.signature(web.Server.__init__).parameters
 
@@ -41,6 +42,9 @@ class Bounds:
     """How many connections there may be, and how long a stranger may take for each step."""
 
     local: int = 1024  # on the unix socket, and as many on the API-key listener
+    local_of_user: int = 64  # of one account that is neither root nor the node's
+    local_kept: int = 128  # of `local`, for root and the node's account alone
+    local_patience_s: float = 30.0  # until the first request, and between two when no answer is awaited
     swarm: int = 1024
     member: int = 64
     strangers: int = 16
@@ -63,6 +67,7 @@ class Line:
 
     Attributes:
         node_id: the id of the key that was proved on it, or None.
+        uid: whose process is at the other end of a unix socket, or None.
         refusal: what its first request is answered with, where there were too many.
         is_endless: it carries an answer that has no end of its own.
     """
@@ -71,6 +76,7 @@ class Line:
     door: Door
     source: str = ""
     node_id: str | None = None
+    uid: int | None = None
     refusal: Unavailable | None = None
     is_endless: bool = False
     _timer: asyncio.TimerHandle | None = None
@@ -85,7 +91,7 @@ class Line:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if seconds is not None:
+        if seconds is not None and not self.transport.is_closing():
             self._timer = asyncio.get_running_loop().call_later(seconds, abort, self.transport)
 
 
@@ -101,11 +107,13 @@ class Lines:
 
     bounds: Bounds = field(default_factory=Bounds)
     read_id: Callable[[bytes], str] | None = None
+    own_uid: int = 0
     refused: set[RequestHandler] = field(default_factory=set)
     _lines: dict[RequestHandler, Line] = field(default_factory=dict)
     _members: dict[str, set[Line]] = field(default_factory=dict)
     _doors: Counter[str] = field(default_factory=Counter)
     _strangers: Counter[str] = field(default_factory=Counter)
+    _users: Counter[int] = field(default_factory=Counter)
     _handshakes: list[_Handshake] = field(default_factory=list)
     _proved: OrderedDict[str, None] = field(default_factory=OrderedDict)  # sources of members
 
@@ -124,6 +132,9 @@ class Lines:
                 abort(transport)
                 return
             line.allow(self.bounds.patience_s)
+        else:
+            line.uid = uid_of(transport) if door is Door.UNIX else None
+            line.allow(self.bounds.local_patience_s)
         line.refusal = self._too_many(line)
         if line.refusal is not None:
             if len(self.refused) >= self.bounds.refused:
@@ -153,12 +164,6 @@ class Lines:
         """Tell whether some member proved its key from there lately."""
         return source in self._proved
 
-    def check(self, request: BaseRequest) -> None:
-        """Raise Unavailable for a request on a connection that is one too many."""
-        line = self.of(request)
-        if line is not None and line.refusal is not None:
-            raise line.refusal
-
     def member_ids(self) -> list[str]:
         """Return the ids whose keys were proved on some open connection."""
         return list(self._members)
@@ -184,7 +189,13 @@ class Lines:
 
     def _too_many(self, line: Line) -> Unavailable | None:
         bounds, open_ = self.bounds, self._doors
-        if line.door is not Door.SWARM:
+        if line.door is Door.UNIX and line.uid not in {0, self.own_uid}:
+            is_over = (
+                line.uid is None
+                or self._users[line.uid] >= bounds.local_of_user
+                or open_[Door.UNIX] >= bounds.local - bounds.local_kept
+            )
+        elif line.door is not Door.SWARM:
             is_over = open_[line.door] >= bounds.local
         elif line.node_id is None:
             of_source = self._strangers[line.source]
@@ -224,6 +235,10 @@ class Lines:
                 self._list_member(line, by)  # it can be cut all the same
             return
         self._doors[line.door] += by
+        if line.uid is not None:
+            self._users[line.uid] += by
+            if not self._users[line.uid]:
+                del self._users[line.uid]
         if line.node_id is not None:
             self._list_member(line, by)
         elif line.door is Door.SWARM:
@@ -282,7 +297,7 @@ class LineServer(web.Server):
     ) -> None:
         options: dict[str, object] = {
             "access_log": None,
-            "keepalive_timeout": _KEEPALIVE_S,
+            "keepalive_timeout": KEEPALIVE_S,
             "tcp_keepalive": True,
             # Its messages quote bytes of requests, and those may be prompts.
             "logger": _SILENT,

@@ -298,7 +298,7 @@ NUMBERS = {
     "probe.given_up_s": PROBES[socket.TCP_KEEPIDLE]
     + PROBES[socket.TCP_KEEPINTVL] * PROBES[socket.TCP_KEEPCNT],
     "unacknowledged_s": peerhttp._UNHEARD_MS / 1000,
-    "idle.server_s": lines._KEEPALIVE_S,
+    "idle.server_s": lines.KEEPALIVE_S,
     "idle.client_s": peerhttp._KEEPALIVE_S,
     "boot.restored": backup.RESTORED_BOOTS,
     "hints": hints.MAX_HINTS,
