@@ -89,7 +89,7 @@ def _build(suite: str, home: Path, cache: Path) -> None:
         f"--include={','.join(PACKAGES)}",
         suite,
         str(building / "root"),
-        _mirror(),
+        mirror(),
     ]
     log = cache / f"{suite}.log"
     with log.open("wb") as out:
@@ -117,7 +117,7 @@ def _finish(root: Path) -> None:
     (root / "etc/apt/sources.list").write_text("")  # whatever apt installs here comes as a file
 
 
-def _mirror() -> str:
+def mirror() -> str:
     """Return the mirror that this machine itself uses."""
     for path in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
         if not path.exists():

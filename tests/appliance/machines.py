@@ -36,7 +36,7 @@ _MARKER_PACKET = f"""
 import socket
 socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"marker", ("{_MARKER}", 9))
 """
-_ENVIRONMENT = (
+ENVIRONMENT = (
     "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG=C.UTF-8",
     "TERM=dumb",
@@ -271,7 +271,7 @@ class Machine(Shell):
 
     def pull_plug(self) -> None:
         """Kill everything on the machine at once; its disk stays as it is."""
-        _kill_group(self._group)
+        kill_group(self._group)
         self._leader = 0
 
     def reboot(self) -> None:
@@ -321,7 +321,7 @@ class Machine(Shell):
 
     def _enter(self) -> list[str]:
         assert self._leader, f"{self.name} is off"
-        return ["nsenter", "--target", str(self._leader), "--all", "--", "env", "-i", *_ENVIRONMENT]
+        return ["nsenter", "--target", str(self._leader), "--all", "--", "env", "-i", *ENVIRONMENT]
 
     def path(self, inside: str) -> Path:
         """Return where a path of the running machine lies out here."""
@@ -460,7 +460,7 @@ def sweep(session: str) -> None:
     """Take down everything that carries this session's name."""
     prefix = PREFIX + session
     roots = _cgroup_roots()
-    _kill_group(roots[0] / prefix)
+    kill_group(roots[0] / prefix)
     for root in roots:
         _remove_group(root / prefix)
     for name in sorted(path.name for path in Path("/run/netns").glob(f"{prefix}-*")):
@@ -495,7 +495,7 @@ def _cgroup_roots() -> list[Path]:
     return [*unified[:1], *named[:1]]
 
 
-def _kill_group(group: Path) -> None:
+def kill_group(group: Path) -> None:
     """Kill every process of a cgroup2 subtree and wait until they are gone."""
     give_up_s = time.monotonic() + 20
     while _is_populated(group):
