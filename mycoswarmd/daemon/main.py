@@ -46,7 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--log-level", metavar="LEVEL", default="info", help="debug, info (the default), warning or error"
     )
-    commands.add_parser("check", help=_CHECK, description=_CHECK, parents=[both], allow_abbrev=False)
+    check = commands.add_parser("check", help=_CHECK, description=_CHECK, parents=[both], allow_abbrev=False)
+    check.add_argument("--quiet", action="store_true", help="print only what is wrong")
     version = "Print the version."
     commands.add_parser("version", help=version, description=version, allow_abbrev=False)
     return parser
@@ -79,7 +80,8 @@ def _carry_out(given: argparse.Namespace) -> None:
             listen=given.listen,
             appliance=given.appliance,
         )
-        print(text)
+        if not given.quiet:
+            print(text)
         return
     serve.run_forever(
         state=given.state,

@@ -167,7 +167,11 @@ def check(
     options = Options(state=state, config=config, policy=policy, listen=listen, appliance=appliance)
     settings = load_settings(options)
     listening = f"http://{settings.listen[0]}:{settings.listen[1]}" if settings.listen else "unix socket only"
-    if settings.policy_file.exists():
+    if (
+        settings.policy_is_given
+        or os.path.lexists(settings.policy_file)
+        or os.path.lexists(settings.state_dir / "policy" / "current")  # once there was one: it must not go
+    ):
         checked = load_policy(settings.policy_file)
         said = f"{checked.policy.name!r}, {len(checked.policy.rules)} rules, {len(checked.warnings)} warnings"
     else:

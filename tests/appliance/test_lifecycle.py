@@ -80,13 +80,21 @@ def test_reload_takes_a_new_policy_and_refuses_a_broken_one(fresh: Fresh, suite:
     assert ctl(machine, "ask", "--model", "ok", "hello", check=False).code == 3
 
     machine.write(POLICY, HALF)
-    machine.run("systemctl", "reload", "mycoswarmd", check=False)
+    reloaded = machine.run("systemctl", "reload", "mycoswarmd", check=False)
+    assert (reloaded.code, "failed" in reloaded.err) == (1, True), reloaded
+    assert f"cannot use the policy: {POLICY}:" in machine.journal("-u", "mycoswarmd")
     machine.wait_until("journalctl -b -u mycoswarmd | grep -qi policy", within_s=5)
     machine.wait_until(
         "mycoswarmctl status | grep -qi 'policy.*not\\|last good\\|broken\\|cannot'", within_s=5
     )
     assert _policy_name(machine) == "shut"
     assert ctl(machine, "ask", "--model", "ok", "hello", check=False).code == 3
+
+    machine.write(POLICY, shipped, mode=0o666)
+    reloaded = machine.run("systemctl", "reload", "mycoswarmd", check=False)
+    assert reloaded.code == 1, reloaded
+    assert "others than its owner may write it" in machine.journal("-u", "mycoswarmd")
+    assert _policy_name(machine) == "shut"
 
     machine.write(POLICY, shipped)
     machine.run("systemctl", "reload", "mycoswarmd")

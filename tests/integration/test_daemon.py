@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,31 @@ def test_a_failed_reload_keeps_the_policy_and_turns_status_yellow(state: Path) -
         assert "policy" in kinds
 
 
+def test_the_check_refuses_what_a_reload_refuses(state: Path) -> None:
+    """It is what fails `systemctl reload`: whatever the node keeps its old policy for has to fail it."""
+    policy = state / "policy.toml"
+    command = [sys.executable, "-m", "mycoswarmd.daemon.main", "check", "--quiet", "--state", str(state)]
+
+    def check() -> tuple[int, str]:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert done.stdout == ""
+        return done.returncode, done.stderr
+
+    with node(state) as daemon:
+        assert check() == (0, "")
+        for spoil, said in (
+            (lambda: write_private(policy, POLICY.replace("effect", "efect")), "rule 1.effect"),
+            (lambda: write_private(policy, POLICY).chmod(0o666), "others than its owner may write it"),
+            (policy.unlink, "no such file"),  # there was one: the shipped default does not take its place
+        ):
+            spoil()
+            assert daemon.call("POST", "/api/policy/reload", {}).status == 403
+            code, words = check()
+            assert (code, f"cannot use the policy: {policy}:" in words, said in words) == (1, True, True), (
+                words
+            )
+
+
 def test_a_signal_reloads_the_policy(state: Path) -> None:
     with node(state) as daemon:
         before = daemon.call("GET", "/api/status").json["policy"]["sha256"]
@@ -306,6 +332,22 @@ def submit_until_dead(daemon: NodeProcess, name: str) -> list[str]:
 
 
 # --- what a hostile or hasty caller does ---------------------------------------------------------
+
+
+def test_doctor_says_what_helps_that_engine_and_no_other(
+    state: Path, tmp_path: Path, engine: Upstream
+) -> None:
+    with (state / "mycoswarm.toml").open("a") as file:
+        file.write('[engines.off]\nkind = "ollama"\nurl = "http://127.0.0.1:9"\n')
+    text = (state / "mycoswarm.toml").read_text().replace("managed_engine = false", "managed_engine = true")
+    write_private(state / "mycoswarm.toml", text)
+    with node(state) as daemon:
+        daemon.wait_for_models()
+        rows = {row["name"]: row for row in daemon.call("GET", "/api/doctor").json["checks"]}
+        assert "systemctl status ollama" in rows["engine: off"]["fix"]
+        assert rows["engine: up"]["severity"] == "ok"
+        assert rows["engine: embedded"]["severity"] == "note"
+        assert rows["engine: embedded"]["fix"].startswith("managed_engine = false")
 
 
 def test_receipts_that_were_handed_out_survive_a_stop(state: Path) -> None:
