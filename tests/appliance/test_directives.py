@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -308,6 +309,13 @@ for top, directories, files in os.walk("/"):
             seen.append(path)
 print("SAID " + json.dumps([reached, seen]))
 """
+_PROVER = """
+import json, sys
+from mycoswarmd.outposts.selftest import prove
+from mycoswarmd.wire.proof import Unit
+(found,) = [check for check in prove(Unit.CORE, given=sys.argv[1:]).checks if check.name == "doors"]
+print("SAID " + json.dumps([found.ok, found.detail]))
+"""
 _GIVEN = {
     "core": {
         "/run/mycoswarm/api.sock",
@@ -335,20 +343,26 @@ def crowded(fresh: dict[str, tuple[Machine, str]], request: pytest.FixtureReques
     machine, _ = fresh[request.param]
     machine.write("/usr/lib/probe/servers.py", _SERVERS)
     machine.write("/usr/lib/probe/visitor.py", _VISITOR)
+    machine.write("/usr/lib/probe/prover.py", _PROVER)
     with machine.start("python3", "/usr/lib/probe/servers.py", *_PLACES):
         machine.wait_until(f"test -S {_PLACES[-1]}/of-others/packets")
         yield machine
         machine.sh(f"rm -rf {' '.join(f'{place}/of-others' for place in _PLACES)}")
 
 
-def visit(machine: Machine, name: str, lines: list[str]) -> tuple[set[str], set[str]]:
-    """Have a program in such a unit knock everywhere; return what opened, and the sockets that it saw."""
-    program = f"ExecStart=/usr/bin/python3 -I /usr/lib/probe/visitor.py {' '.join(_PLACES)}"
-    text = ["[Service]", *lines, "Type=oneshot", "StandardOutput=journal", program, ""]
+def say(machine: Machine, name: str, lines: list[str], program: str, *arguments: str) -> Any:
+    """Run a program in such a unit and return what it says."""
+    command = f"ExecStart=/usr/bin/python3 -I /usr/lib/probe/{program} {' '.join(arguments)}"
+    text = ["[Service]", *lines, "Type=oneshot", "StandardOutput=journal", command, ""]
     machine.write(f"/run/systemd/system/visits-{name}.service", "\n".join(text))
     machine.sh(f"systemctl daemon-reload; systemctl start visits-{name}; journalctl --sync")
     said = machine.run("journalctl", "-b", "-o", "cat", "-u", f"visits-{name}").out
-    reached, seen = json.loads(said.rsplit("SAID ", 1)[1].splitlines()[0])
+    return json.loads(said.rsplit("SAID ", 1)[1].splitlines()[0])
+
+
+def visit(machine: Machine, name: str, lines: list[str]) -> tuple[set[str], set[str]]:
+    """Have a program in such a unit knock everywhere; return what opened, and the sockets that it saw."""
+    reached, seen = say(machine, name, lines, "visitor.py", *_PLACES)
     return set(reached), set(seen)
 
 
@@ -370,3 +384,14 @@ def test_without_its_walls_a_unit_reaches_them_all(crowded: Machine, unit: str) 
     names = {"packets"} | ({"stream"} if "RestrictAddressFamilies=AF_UNIX" in lines else set())
     assert {f"{place}/of-others/{name}" for place in _PLACES for name in names} <= reached
     assert {f"@{place}/{name}" for place in _PLACES for name in names} <= reached
+
+
+def test_the_self_test_tells_of_a_door_unless_the_settings_name_it(crowded: Machine) -> None:
+    lines = directives("core")
+    ok, detail = say(crowded, "proves", lines, "prover.py")
+    assert (ok, detail.partition(" ")[2]) == (True, "in sight, all given")
+    lines.append("BindReadOnlyPaths=/srv/of-others/stream")
+    ok, detail = say(crowded, "proves-open", lines, "prover.py")
+    assert (ok, detail) == (False, "/srv/of-others/stream is in sight")
+    ok, _ = say(crowded, "proves-given", lines, "prover.py", "/srv/of-others/stream")
+    assert ok is True
