@@ -26,8 +26,8 @@ from mycoswarmd.wire.signing import (
     parse_answer,
 )
 
-# A call takes a millisecond; the first one starts the unit, which takes a quarter of a second, or many on a slow
-# machine that has just booted. Hanging up ends the unit: giving up early would begin all anew each time.
+# A call takes a millisecond; the first one starts the unit, which takes a quarter of a second, or many on a
+# slow machine that has just booted. Hanging up ends the unit: giving up early would begin all anew each time.
 WITHIN_S = 15.0
 # A unit that has failed is left alone for so long, so that nobody waits for it again and again.
 RETRY_S = 10.0
