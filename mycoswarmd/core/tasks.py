@@ -159,7 +159,7 @@ def event_between(state: TaskState, to: TaskState) -> TaskEvent:
     for event, reached in TRANSITIONS.get(state, {}).items():
         if reached is to:
             return event
-    raise Conflict("illegal-transition", f"cannot make a task that is {state} {to}")
+    raise Conflict("illegal-transition", f"cannot have this task {to}: it is {state}")
 
 
 def tries(task: Task) -> int:

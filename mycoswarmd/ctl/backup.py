@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 from pathlib import Path
 
 from mycoswarmd.ctl.plain import examples, typer
@@ -11,6 +12,7 @@ from mycoswarmd.errors import ConfigError, Conflict, StoreError
 
 # It reads tar files, which --help does without.
 _RESTORING = "mycoswarmd.ctl.restoring"
+_SERVICE_STATE = Path("/var/lib/mycoswarm")
 _WARNING = "it holds the keys of this node: whoever reads it can be this node"
 
 BACKUP_EXAMPLES = examples("mycoswarmctl backup /mnt/usb/study-pc.tar")
@@ -58,7 +60,11 @@ def restore(
         session.document({"state": str(state), "files": names})
         return
     session.text(f"{state}: {count(len(names), 'file')}")
-    session.aside("start it with `mycoswarmd run --state DIR`, or as a service")
+    session.aside(
+        "start it: sudo systemctl start mycoswarmd"
+        if state.absolute() == _SERVICE_STATE
+        else f"start it: mycoswarmd run --state {shlex.quote(str(state))}"
+    )
     if {"policy.toml", "mycoswarm.toml"} & set(names):
         session.aside(
             "policy.toml and mycoswarm.toml are in that directory too; a node started without --state reads "

@@ -148,7 +148,8 @@ class Box:
     def kernel_argument(self, argument: str) -> str:
         """Return the command that adds an argument to the kernel's command line for the next start."""
         if place := self.pi_cmdline():
-            return f"sudo sed -i '1s/$/ {argument}/' {place} && sudo reboot"
+            edit = f"sudo sed -i '1s/$/ {argument}/' {self.at(place) if not self.is_running else place}"
+            return f"{edit} && sudo reboot" if self.is_running else edit
         if self.has("/etc/default/grub"):
             file = f"/etc/default/grub.d/mycoswarm-{re.split('[=.]', argument)[0]}.cfg"
             line = f'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX {argument}"'

@@ -119,6 +119,16 @@ def has_units(box: Box) -> bool:
     return any(box.has(f"{place}/mycoswarmd.service") for place in _UNIT_PLACES)
 
 
+def nothing_there(box: Box) -> Finding | None:
+    """Return what is wrong with a disk that has no node, or no system; None for any other."""
+    if box.is_running or has_units(box):
+        return None
+    if not box.has("/etc/os-release") and not box.has("/usr/lib/os-release"):
+        return _broken("disk", f"There is no system in {box.root}: is the disk mounted there?", "findmnt")
+    detail = f"No mycoswarmd is installed in {box.root}."
+    return _broken("units", detail, f"sudo chroot {box.root} apt install ./mycoswarmd_VERSION_all.deb")
+
+
 def node_files(box: Box, node: Node, listeners: Sequence[Listener]) -> Iterator[Finding]:
     """Look at what the node has on this machine, whether it runs or not."""
     if node.problem:
@@ -129,6 +139,7 @@ def node_files(box: Box, node: Node, listeners: Sequence[Listener]) -> Iterator[
             fix="mycoswarmd check",
         )
     yield from units(box)
+    yield from joining(box)
     yield from policy(box, node)
     yield from disk(box, node)
     yield from engine(box, node, listeners)
@@ -163,22 +174,38 @@ def units(box: Box) -> Iterator[Finding]:
 
 
 def _enabled(box: Box) -> Iterator[Finding]:
-    wanted = [
-        f"/etc/systemd/system/{target}.wants/{name}"
-        for target, name in (
-            ("multi-user.target", "mycoswarmd.service"),
-            ("sockets.target", "mycoswarmd.socket"),
-        )
-    ]
-    if any(box.has(path) for path in wanted):
+    # The socket alone starts the node too, when somebody asks it something.
+    wanted = ("multi-user.target.wants/mycoswarmd.service", "sockets.target.wants/mycoswarmd.socket")
+    if all(box.has(f"/etc/systemd/system/{path}") for path in wanted):
         yield Finding(
             name="units", severity=Severity.OK, detail="The node's units are there and start by themselves."
         )
     else:
         detail = "The node does not start by itself when this machine does."
         yield Finding(
-            name="units", severity=Severity.NOTE, detail=detail, fix="sudo systemctl enable --now mycoswarmd"
+            name="units",
+            severity=Severity.NOTE,
+            detail=detail,
+            fix="sudo systemctl enable --now mycoswarmd"
+            if box.is_running
+            else f"sudo systemctl --root={box.root} enable mycoswarmd",
         )
+
+
+def joining(box: Box) -> Iterator[Finding]:
+    """On a disk for a first start: the code that it joins with, and the unit that uses it."""
+    code = "/etc/credstore/mycoswarm.enroll"
+    if box.is_running or not box.has(code):
+        return
+    unit = "mycoswarm-enroll.service"
+    if box.at(code).stat().st_mode & 0o077:
+        yield _broken("joining", f"Others may read the code in {code}.", f"sudo chmod 600 {box.at(code)}")
+    elif not box.has(f"/etc/systemd/system/multi-user.target.wants/{unit}"):
+        detail = f"There is a code to join with, and no unit {unit} that starts."
+        yield _broken("joining", detail, f"sudo systemctl --root={box.root} enable {unit}")
+    else:
+        detail = "It joins a swarm at its first start."
+        yield Finding(name="joining", severity=Severity.OK, detail=detail)
 
 
 def policy(box: Box, node: Node) -> Iterator[Finding]:
@@ -283,7 +310,7 @@ def engine(box: Box, node: Node, listeners: Sequence[Listener]) -> Iterator[Find
             name="embedded engine",
             severity=Severity.WEAK,
             detail=detail,
-            fix="sudo mycoswarmctl engine install",
+            fix=f"{'' if box.is_running else 'there, when it runs: '}sudo mycoswarmctl engine install",
         )
 
 

@@ -4,6 +4,7 @@ Law: it changes nothing, and it works whether or not the node does. Exit 1 when 
 """
 
 import importlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +49,15 @@ def doctor(
         session.document({"checks": [rows.as_row(one) for one in findings]})
     else:
         _show(session, findings)
+        if _is_partial(session, root):
+            session.aside("some checks are for root's eyes only: sudo mycoswarmctl doctor")
     if any(one.severity.value == "broken" for one in findings):
         raise typer.Exit(1)
+
+
+def _is_partial(session: Session, root: Path | None) -> bool:
+    """Tell whether root would be told more: of this machine, by files that only root may read."""
+    return root is None and not session.is_remote and os.geteuid() != 0
 
 
 def _examine(session: Session, root: Path | None, state: Path | None) -> "list[Finding]":
@@ -64,6 +72,8 @@ def _examine(session: Session, root: Path | None, state: Path | None) -> "list[F
 
 def look(box: "Box", session: Session | None, state: Path | None) -> "list[Finding]":
     """Look at a machine, and ask its node where there is a session; the worst first."""
+    if missing := importlib.import_module(_NODE).nothing_there(box):
+        return [missing]
     of_node, of_net = importlib.import_module(_NODE), importlib.import_module(_NETWORK)
     node = of_node.find_node(box, state)
     listeners = of_net.listeners(box)
@@ -90,17 +100,17 @@ def _asked(session: Session, box: "Box", node: "Node", *, known: dict[str, str])
         status = session.client.get("/api/status")
     except Unreachable as exc:
         is_unit = checks.has_units(box)
-        fix = (
-            "sudo systemctl restart mycoswarmd; journalctl -u mycoswarmd -n 20"
-            if is_unit
-            else "mycoswarmd run"
-        )
+        restart = "sudo systemctl restart mycoswarmd; sudo journalctl -xeu mycoswarmd"
+        is_known = exc.code.startswith("service-")  # what systemd says of it, with the cure
+        fix = (exc.hint if is_known else restart) if is_unit else "mycoswarmd run"
         detail = f"The node does not run, or not here: this cannot {exc.message.removeprefix('cannot ')}."
         return [boxes.Finding(name="node", severity=boxes.Severity.BROKEN, detail=detail, fix=fix)]
+    # A file that cannot be used is said already, and a reload would not help.
+    in_file = "" if known.get("policy") == "broken" else checks.policy_hash(box, node)
     return [
         boxes.Finding(name="node", severity=boxes.Severity.OK, detail="The node runs."),
         *(one for one in checks.told(_get(session, "/api/doctor")) if _is_news(one, known)),
-        *checks.in_swarm(status, _get(session, "/api/swarm"), file_sha256=checks.policy_hash(box, node)),
+        *checks.in_swarm(status, _get(session, "/api/swarm"), file_sha256=in_file),
         *checks.proofs(_get(session, "/v1/security"), has_memory_limits=known.get("memory") != "weak"),
     ]
 
@@ -108,7 +118,7 @@ def _asked(session: Session, box: "Box", node: "Node", *, known: dict[str, str])
 def _is_news(one: "Finding", known: dict[str, str]) -> bool:
     """Tell whether the node says more than what was looked at here, which is said in plainer words."""
     if one.name == "policy":
-        return one.severity.value == "broken"
+        return one.severity.value == "broken" and known.get("policy") != "broken"
     if one.name == "engine: embedded":
         return "embedded engine" not in known
     name = one.name.removeprefix("cage: ").removesuffix("-cgroup")

@@ -2,8 +2,9 @@
 
 from mycoswarmd.ctl.client import segment
 from mycoswarmd.ctl.plain import examples, make_app, typer
-from mycoswarmd.ctl.session import JSON, begin, guarded
+from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.ctl.tasks import at
+from mycoswarmd.errors import MycoswarmError
 
 keys_app = make_app("Make, list and revoke API keys.")
 
@@ -26,6 +27,20 @@ def create(
         return
     session.text(answer.get("secret", ""))
     session.aside(f"key {name!r} is made; its secret is shown this once and stored nowhere")
+    if not _is_heard(session):
+        session.aside(
+            'nothing listens for programs yet: put listen = "127.0.0.1:7436" into '
+            "/etc/mycoswarm/mycoswarm.toml, then sudo systemctl restart mycoswarmd"
+        )
+
+
+def _is_heard(session: Session) -> bool:
+    """Tell whether the node listens for programs, as far as it says."""
+    try:
+        listeners = session.local.get("/api/status").get("listeners")
+    except MycoswarmError:  # the key is made all the same
+        return True
+    return not isinstance(listeners, list) or any(str(one).startswith("http://") for one in listeners)
 
 
 @keys_app.command("list")

@@ -129,6 +129,18 @@ def _first_word(arguments: list[str]) -> str:
     return ""
 
 
+def _check_command(word: str) -> None:
+    """Exit for a word that is nearly a command; typer itself says no more than that there is none."""
+    known = [*_COMMANDS, *_GROUPS, "engine"]
+    if not word or word in known:
+        return
+    near = importlib.import_module("difflib").get_close_matches(word, known, n=1, cutoff=0.7)
+    if near:
+        wrong = BadRequest("bad-usage", f"cannot find a command {word!r}", hint=f"did you mean {near[0]!r}?")
+        print(error_text(wrong, Paint(is_on=False)), file=sys.stderr)
+        sys.exit(wrong.exit_code)
+
+
 def _wants_json(argv: Sequence[str]) -> bool:
     """Tell whether the caller wants JSON, also where the command line is wrong."""
     words = argv[: argv.index("--")] if "--" in argv else argv
@@ -163,6 +175,7 @@ def main() -> None:
             app = make_ctl(sys.argv, only_named=_COMPLETES not in os.environ)
         if _wants_json(sys.argv):
             sys.exit(_run_for_program(app))
+        _check_command(_first_word(sys.argv[1:]))
         app(prog_name="mycoswarmctl")
     except KeyboardInterrupt:
         sys.exit(130)

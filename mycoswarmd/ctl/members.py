@@ -16,6 +16,7 @@ from mycoswarmd.errors import BadRequest, Conflict, MycoswarmError, NotFound
 
 # Enough of an id to know a node again; the node takes any beginning of four and more.
 SHORT_ID = 8
+_PORT = ":7437"
 _KEY_OR_ID = re.compile(r"[0-9a-f]{16,64}|[a-z2-7]{26}")
 # It holds an operator's key, and brings cryptography.
 _JOINING = "mycoswarmd.ctl.joining"
@@ -185,16 +186,21 @@ def leave(
     The others are told, then its key and its roster are destroyed. Tasks, receipts and models stay.
     """
     session = begin(ctx, as_json=as_json)
+    known: Doc = {}
     if operator:
         ask_first(session, "leave the swarm and destroy your key on this computer?", yes=yes)
         answer: Doc = importlib.import_module(_JOINING).leave(session)
     else:
+        known = session.local.get("/api/swarm").get("self") or {}
         ask_first(session, "take this node out of its swarm and destroy its key?", yes=yes)
         answer = session.local.post("/api/swarm/leave")
     if as_json:
         session.document(answer)
     else:
         session.aside("done: you left the swarm" if operator else "done: this node is in no swarm")
+        if answer.get("told") == []:
+            name = f" {line(known['name'])}" if known.get("name") else ""
+            session.aside(f"nobody could be told: on another node, mycoswarmctl revoke{name or ' it'}")
 
 
 @guarded
@@ -282,18 +288,24 @@ def _headline(session: Session, answer: Doc) -> None:
 def _row(row: Doc) -> tuple[object, ...]:
     word = row.get("word") or {}
     is_here = bool(row.get("self"))
-    seen = "here" if is_here else ago(row.get("last_seen_s"))
-    roster = "here" if is_here else _roster(row)
+    seen = None if is_here else ago(row.get("last_seen_s"))
+    roster = None if is_here else _roster(row)
     return (
         _short(row),
         _name(row),
         _role(row),
         word.get("tier"),
-        row.get("address"),
+        _short_address(row.get("address")),
         seen,
         roster,
         _state(row),
     )
+
+
+def _short_address(address: object) -> object:
+    """Return where a node listens, without the port that all have."""
+    is_usual = isinstance(address, str) and address.endswith(_PORT)
+    return str(address).removesuffix(_PORT).strip("[]") if is_usual else address
 
 
 def ago(seconds: object) -> str | None:

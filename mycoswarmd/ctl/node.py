@@ -17,6 +17,8 @@ _EVERY_S = 1.0
 # Erase the screen and go to its top left corner (ECMA-48: ED 2, CUP).
 _CLEAR = "\x1b[2J\x1b[H"
 
+# As wide as the longest name that `status` has for a line, "receipts".
+_LABEL = 8
 _HOLDS = {True: "yes", False: "NO", None: "unknown"}
 
 STATUS_EXAMPLES = examples("mycoswarmctl status", "mycoswarmctl status --json | jq .state")
@@ -149,7 +151,6 @@ def _status(session: Session, answer: Doc, *, security: bool) -> None:
             ("gpu", gpus),
             ("policy", f"{policy.get('name')}: {rules}, {proved} proved"),
             ("", policy.get("path")),
-            ("problem", policy.get("problem")),
             ("tasks", ", ".join(f"{number} {key}" for key, number in tasks.items() if number) or "none"),
             ("receipts", f"{receipts.get('count')}, head {receipts.get('head')}"),
             ("sandbox", (answer.get("sandbox") or {}).get("level")),
@@ -204,12 +205,19 @@ def _name(answer: Doc) -> str:
 
 
 def _engine(session: Session, engine: Doc) -> None:
-    state = str(engine.get("state"))
-    colour = {"ready": "green", "starting": "yellow"}.get(state, "red")
-    counts = f"{count(engine.get('models') or 0, 'model')}, {engine.get('running', 0)} running"
-    counts += f", {engine['waiting']} waiting" if engine.get("waiting") else ""
-    detail = f"  {line(engine['detail'])}" if engine.get("detail") else ""
-    print(f"engine {line(engine.get('name'))}: {session.paint(colour, line(state))}, {line(counts)}{detail}")
+    state, models = str(engine.get("state")), engine.get("models") or 0
+    if state == "ready" and not models:
+        state = "no model"
+    colour = {"ready": "green", "starting": "yellow", "no model": "yellow"}.get(state, "red")
+    said = [count(models, "model")] if models else []
+    said += [f"{engine.get('running', 0)} running"] if models or engine.get("running") else []
+    said += [f"{engine['waiting']} waiting"] if engine.get("waiting") else []
+    print(
+        f"{session.paint('dim', 'engine'.ljust(_LABEL))}  {line(engine.get('name'))}: "
+        f"{', '.join([session.paint(colour, line(state)), *map(line, said)])}"
+    )
+    if engine.get("detail"):
+        print(f"{' ' * _LABEL}  {line(engine['detail'])}")
 
 
 def _swarm(session: Session, swarm: Doc) -> None:

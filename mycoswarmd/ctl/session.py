@@ -128,10 +128,12 @@ class Session:
         """Complete the beginning of a task's id; NotFound, or BadRequest when it fits several."""
         try:
             return str(self.client.get(f"/api/tasks/{segment(given)}")["task"]["id"])
-        except NotFound:
+        except NotFound as exc:
             listed = self.client.get("/api/tasks", limit=1000).get("tasks", [])
-            found = [str(task["id"]) for task in listed if given and str(task["id"]).startswith(given)]
+            starts = (given, f"t-{given}")  # the sign of a task may be left out
+            found = [str(task["id"]) for task in listed if given and str(task["id"]).startswith(starts)]
             if not found:
+                exc.hint = exc.hint or "`mycoswarmctl tasks` lists them"
                 raise
         if len(found) > 1:
             shown = ", ".join(found[:3])

@@ -16,7 +16,7 @@ from mycoswarmd.daemon.policyfile import PolicyKeeper, way_back
 from mycoswarmd.daemon.security import Security
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.daemon.swarmparts import SwarmParts
-from mycoswarmd.flow.ports import Clock, Engine
+from mycoswarmd.flow.ports import Clock, Engine, EngineHealth
 from mycoswarmd.flow.swarmports import PeerAddress, PeerState
 from mycoswarmd.inventory.host import own_memory_bytes, tier_of
 from mycoswarmd.store.receipts import SqliteReceiptLog
@@ -197,8 +197,8 @@ class NodeMachine:
             if health.state == "down"
         ]
         problems += self._swarm_problems()
-        if not any(engine.models() for engine in self._engines) and self._swarm.roster is None:
-            problems.append("no model is served: mycoswarmctl engine install")
+        if not any(engine.models() for engine in self._engines) and not self._fleet.states():
+            problems.append(f"no model is served: {self._install()}")
         return problems
 
     def _is_locked(self) -> bool:
@@ -230,7 +230,7 @@ class NodeMachine:
                 "policy",
                 is_ok=False,
                 detail=self._policy.problem,
-                fix="mycoswarmctl policy check",
+                fix=f"mycoswarmctl policy check {self._settings.policy_file}",
                 severity="fail",
             )
         name = self._policy.policy.name if self._policy.policy is not None else "none"
@@ -262,12 +262,31 @@ class NodeMachine:
             health = engine.health()
             is_ok = health.state != "down" and health.models > 0
             detail = health.detail or f"{health.state}, {health.models} models"
+            is_spare = health.kind == "managed" and not is_ok and any(one.models() for one in self._engines)
             checks.append(
                 _check(
-                    f"engine: {health.name}", is_ok=is_ok, detail=detail, fix="mycoswarmctl engine install"
+                    f"engine: {health.name}",
+                    is_ok=is_ok,
+                    detail=detail,
+                    fix=self._engine_cure(health, is_spare=is_spare),
+                    severity="note" if is_spare else "warn",
                 )
             )
         return checks
+
+    def _install(self) -> str:
+        return f"{'sudo ' if self._settings.appliance else ''}mycoswarmctl engine install"
+
+    def _engine_cure(self, health: EngineHealth, *, is_spare: bool) -> str:
+        """Say what helps an engine that serves nothing."""
+        if is_spare:
+            return f"managed_engine = false in mycoswarm.toml if it is not wanted, or {self._install()}"
+        if health.kind == "managed":
+            return self._install()
+        if health.state != "down":
+            return "ollama pull MODEL" if health.kind == "ollama" else "see which model it was started with"
+        look = f"systemctl status {'ollama' if health.kind == 'ollama' else 'ENGINE'}"
+        return f"does it run ({look}), and is its url in mycoswarm.toml right?"
 
 
 def _is_refused(states: Sequence[PeerState]) -> bool:

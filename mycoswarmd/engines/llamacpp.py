@@ -34,7 +34,8 @@ MAX_WAITING = 64
 # Two slots share the context, so that a short prompt need not wait for a long answer.
 PARALLEL = 2
 _ENGINES = "xllamacpp-*/xllamacpp/__init__.py"
-_NOT_INSTALLED = "the embedded engine is not installed: mycoswarmctl engine install"
+_NOT_INSTALLED = "the embedded engine is not installed"
+_INSTALL = "mycoswarmctl engine install"
 
 
 class ManagedLlama:
@@ -63,6 +64,7 @@ class ManagedLlama:
         self._runtime_dir = runtime_dir
         self._starter = starter
         self._units = units
+        self._install = _INSTALL if units is None else f"sudo {_INSTALL}"  # units are a service's
         self._clock = clock
         self._idle_s = idle_s
         self._context_tokens = context_tokens
@@ -120,7 +122,7 @@ class ManagedLlama:
         if self._child is not None and not self._child.process.confined:
             details.append("the engine's process is not confined")
         if not self._problem and not self._files:
-            details.append(f"no model in {self._models_dir}: mycoswarmctl engine install --model")
+            details.append(f"no model in {self._models_dir}: {self._install}")
         bad = [(file, file.problem or self._failed.get(file)) for file in self._files]
         return details + [f"{file.path.name}: {problem}" for file, problem in bad if problem]
 
@@ -150,8 +152,8 @@ class ManagedLlama:
             file = await self._next_file()
             engine = self._installed_engine()
             if engine is None:
-                self._problem = _NOT_INSTALLED
-                self._refuse_waiters(_NOT_INSTALLED)
+                self._problem = f"{_NOT_INSTALLED}: {self._install}"
+                self._refuse_waiters(self._problem)
                 await asyncio.sleep(SCAN_S)
                 continue
             started_s = self._clock.monotonic_s()

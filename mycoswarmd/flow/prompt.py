@@ -304,7 +304,7 @@ class Prompts:
 
     def _model_not_found(self, prompt: Prompt, receipt: Receipt) -> NotFound:
         known = sorted({info.name for info in self.models() if prompt.kind in info.kinds})
-        shown = ", ".join(known[:5]) or "none yet: mycoswarmctl engine install"
+        shown = ", ".join(known[:5]) or "none yet, and mycoswarmctl doctor says what helps"
         error = NotFound(
             "model-not-found",
             f"cannot find model {prompt.model[:_NAME_SHOWN]!r} for {prompt.kind.value}: no engine here "

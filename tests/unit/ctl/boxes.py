@@ -64,8 +64,9 @@ class Tree:
     def units(self) -> "Tree":
         """The package is installed and the node starts by itself."""
         self.put({f"/usr/lib/systemd/system/{name}": "[Unit]\n" for name in UNITS})
-        target = "/usr/lib/systemd/system/mycoswarmd.service"
-        return self.link("/etc/systemd/system/multi-user.target.wants/mycoswarmd.service", target)
+        units, wants = "/usr/lib/systemd/system", "/etc/systemd/system/{}.target.wants"
+        self.link(f"{wants.format('sockets')}/mycoswarmd.socket", f"{units}/mycoswarmd.socket")
+        return self.link(f"{wants.format('multi-user')}/mycoswarmd.service", f"{units}/mycoswarmd.service")
 
     def listen(self, address: str, port: int, program: str = "", *, command: str = "") -> "Tree":
         """A program listens; the table is written as the kernel of a little-endian machine does."""

@@ -88,6 +88,32 @@ def test_a_card_of_a_pi_is_looked_at_before_its_first_start(tmp_path: Path) -> N
     assert ctl(None, "doctor", "--root", str(tmp_path / "none")).code == 2
 
 
+def test_a_disk_without_a_node_is_not_called_fine(tmp_path: Path) -> None:
+    ran = ctl(None, "doctor", "--root", str(tmp_path))
+    assert ran.code == 1 and "There is no system in" in ran.out, ran.out
+    tree = Tree(tmp_path).put({"/etc/os-release": "ID=debian\n"})
+    found = findings(tree, is_running=False)
+    assert found["units"].severity is BROKEN and f"chroot {tmp_path} apt install" in found["units"].fix
+    assert list(found) == ["units"]
+
+
+def test_a_disk_for_a_first_start_is_looked_at_there_and_mended_there(tmp_path: Path) -> None:
+    tree = pi(tmp_path).put({"/etc/credstore/mycoswarm.enroll": "51TCD"})
+    code = tmp_path / "etc/credstore/mycoswarm.enroll"
+    code.chmod(0o644)
+    assert findings(tree, is_running=False)["joining"].severity is BROKEN
+    code.chmod(0o600)
+    (tmp_path / "etc/systemd/system/multi-user.target.wants/mycoswarmd.service").unlink()
+    for one in (found := findings(tree, is_running=False)).values():
+        assert "reboot" not in one.fix and ("/boot" not in one.fix or str(tmp_path) in one.fix), one
+    assert found["memory"].severity is WEAK
+    assert found["joining"].fix == f"sudo systemctl --root={tmp_path} enable mycoswarm-enroll.service"
+    assert found["units"].fix == f"sudo systemctl --root={tmp_path} enable mycoswarmd"
+    tree.link("/etc/systemd/system/multi-user.target.wants/mycoswarm-enroll.service", "../x")
+    assert findings(tree, is_running=False)["joining"].severity is OK
+    assert "joining" not in findings(tree)
+
+
 def set_space(**changed: object) -> Change:
     def change(tree: Tree) -> None:
         values: dict[str, Any] = {
@@ -190,6 +216,11 @@ CASES: dict[str, tuple[Change, dict[str, Severity], str]] = {
     "a missing unit": (without(f"{UNIT}/mycoswarm-lan.socket"), {"units": BROKEN}, "service install"),
     "not enabled": (
         without("etc/systemd/system/multi-user.target.wants/mycoswarmd.service"),
+        {"units": NOTE},
+        "systemctl enable --now mycoswarmd",
+    ),
+    "a socket that is not enabled": (
+        without("etc/systemd/system/sockets.target.wants/mycoswarmd.socket"),
         {"units": NOTE},
         "systemctl enable --now mycoswarmd",
     ),
@@ -397,6 +428,15 @@ def test_a_node_that_does_not_run_is_said_and_the_rest_is_looked_at(sound: Tree,
     assert shown.out.startswith("broken  node: The node does not run")
     assert "systemctl restart mycoswarmd" in shown.out.splitlines()[1]
     assert "1 broken" in shown.err and "ok" in shown.err
+
+
+def test_a_broken_policy_is_said_once_and_never_cured_by_a_reload(node: FakeNode, sound: Tree) -> None:
+    sound.put({"/etc/mycoswarm/policy.toml": "schema = 1\n[["})
+    check = {"name": "policy", "severity": "fail", "detail": "broken", "fix": "x"}
+    node.on("GET", "/api/status", answer({"policy": {"sha256": "a" * 64}}))
+    node.on("GET", "/api/doctor", answer({"checks": [check]}))
+    shown = ctl(node, "doctor").out
+    assert shown.count("policy:") == 1 and "policy in force" not in shown and "reload" not in shown, shown
 
 
 def test_an_older_node_that_knows_less_is_no_trouble(sound: Tree, node: FakeNode) -> None:

@@ -30,7 +30,7 @@ def test_nodes_are_listed_with_what_is_known_of_each(home: FakeNode) -> None:
         "kitchen\\x1b-pi",
         "node",
         "light",
-        "10.0.0.7:7437",
+        "10.0.0.7",
         "1s",
         "ago",
         "same",

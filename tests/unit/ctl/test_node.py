@@ -103,6 +103,17 @@ def test_status_shows_what_is_wrong_and_what_is_running(node: FakeNode) -> None:
     assert ctl(node, "status", "--json").json == STATUS
 
 
+def test_an_engine_without_a_model_is_not_called_ready(node: FakeNode) -> None:
+    engine = {**STATUS["engines"][0], "state": "ready", "detail": "no model in /models: install one"}
+    broken = {**STATUS["policy"], "problem": "line 3 is wrong"}
+    node.on("GET", "/api/status", answer({**STATUS, "engines": [engine], "policy": broken}))
+    shown = ctl(node, "status").out
+    assert "\nengine    local: no model\n          no model in /models: install one\n" in shown, shown
+    assert "line 3" not in shown  # it is among the problems, and said there
+    node.on("GET", "/api/status", answer({**STATUS, "engines": [{**engine, "models": 2, "running": 1}]}))
+    assert "local: ready, 2 models, 1 running\n" in ctl(node, "status").out
+
+
 def test_status_shows_what_the_kernel_enforces_when_asked(node: FakeNode) -> None:
     node.on("GET", "/api/status", answer(STATUS))
     assert "a newer kernel" not in ctl(node, "status").out
@@ -281,8 +292,14 @@ def test_a_new_keys_secret_alone_is_on_stdout(node: FakeNode) -> None:
     node.on("POST", "/api/keys", answer({"key": KEY, "secret": "mk-abc"}, 201))
     ran = ctl(node, "keys", "create", "editor")
     assert (ran.code, ran.out) == (0, "mk-abc\n")
+    assert "nothing listens" not in ran.err
+    node.on("GET", "/api/status", answer({**STATUS, "listeners": ["unix:/run/mycoswarm/api.sock"]}))
+    ran = ctl(node, "keys", "create", "editor")
+    assert ran.out == "mk-abc\n" and 'listen = "127.0.0.1:7436"' in ran.err
+    node.on("GET", "/api/status", answer({**STATUS, "listeners": ["http://127.0.0.1:7436"]}))
+    assert "nothing listens" not in ctl(node, "keys", "create", "editor").err
     assert "once" in ran.err
-    assert json.loads(node.asked[-1].body) == {"name": "editor"}
+    assert json.loads(next(one.body for one in node.asked if one.method == "POST")) == {"name": "editor"}
     assert ctl(node, "keys", "create", "editor", "--json").json == {"key": KEY, "secret": "mk-abc"}
     node.on("POST", "/api/keys", refuse(409, "key-exists", "cannot make this key: there is one"))
     assert ctl(node, "keys", "create", "editor").code == 1

@@ -105,6 +105,12 @@ def test_a_wrong_command_line_exits_2_and_is_no_traceback(arguments: tuple[str, 
     assert "Traceback" not in ran.stderr and "Usage:" in ran.stderr
 
 
+def test_a_word_that_is_nearly_a_command_is_answered_with_it() -> None:
+    ran = start("stauts")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "hint: did you mean 'status'?" in ran.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

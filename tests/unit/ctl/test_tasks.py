@@ -70,8 +70,9 @@ def test_a_task_is_shown_with_result_and_open_questions(node: FakeNode) -> None:
 
 def test_a_task_is_found_by_the_beginning_of_its_id(node: FakeNode) -> None:
     serve_task(node)
-    assert ctl(node, "task", "t-01").code == 0
-    assert node.paths()[-1] == f"GET /api/tasks/{ID}"
+    for given in ("t-01", "01", ID.removeprefix("t-")):
+        assert ctl(node, "task", given).code == 0, given
+        assert node.paths()[-1] == f"GET /api/tasks/{ID}"
     other = task(id="t-01ff")
     node.on("GET", "/api/tasks", answer({"tasks": [task(), other]}))
     ran = ctl(node, "cancel", "t-01")
@@ -83,7 +84,8 @@ def test_a_task_is_found_by_the_beginning_of_its_id(node: FakeNode) -> None:
 @pytest.mark.parametrize("given", ["t-9", "", "../status", "t-0123456789ab/cancel"])
 def test_an_unknown_task_is_unknown(node: FakeNode, given: str) -> None:
     serve_task(node)
-    assert ctl(node, "task", given).code == 1
+    ran = ctl(node, "task", given)
+    assert ran.code == 1 and "hint: `mycoswarmctl tasks`" in ran.err
     assert "GET /api/status" not in node.paths()
 
 
