@@ -161,8 +161,8 @@ async def leave(call: Call) -> StreamResponse:
     """Leave the swarm and forget its keys."""
     desk = desk_of(call)
     roster = desk.swarm.roster
-    await desk.swarm.leave()
-    return json_answer({"left": roster.name if roster is not None else ""})
+    told = await desk.swarm.leave()
+    return json_answer({"left": roster.name if roster is not None else "", "told": told})
 
 
 async def rekey(call: Call) -> StreamResponse:

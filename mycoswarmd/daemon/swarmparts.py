@@ -123,6 +123,7 @@ async def make_swarm(
     )
     swarm.ask_signer_key = partial(_ask_signer_key, fleet)
     swarm.spread, swarm.give, swarm.reached = fleet.spread, fleet.give, fleet.reached
+    swarm.tell = fleet.tell
     invitations = Invitations(
         swarm=swarm,
         store=store,

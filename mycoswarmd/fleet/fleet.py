@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _STATIC_S = 5.0
 _SPREAD_S = 3.0
+# Who leaves waits so long for one member to have heard of it.
+_TELL_S, _LOOK_AGAIN_S = 8.0, 0.2
+_REFUSED = "peer-refuses-us"
 _PING_S = 4.0
 # Of what one member says about others.
 _TOLD_IDS, _TOLD_ADDRESSES = 64, 4
@@ -162,6 +165,31 @@ class Fleet:
             async with asyncio.timeout(_SPREAD_S), asyncio.TaskGroup() as group:
                 for link, _ in list(self._links.values()):
                     group.create_task(link.give(statements))
+
+    async def tell(self, statements: Sequence[Mapping[str, object]]) -> list[str]:
+        """Hand statements to everybody who is ready, and wait longer for the first; return who has them.
+
+        Whoever refuses this node has heard that it is out.
+        """
+        told: set[str] = set()
+
+        async def give(link: Link) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SPREAD_S):
+                    if link.state().code == _REFUSED or await link.give(statements):
+                        told.add(link.member.name)
+            link.wake()
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TELL_S):
+                # The links are made anew when this node's own standing changes: so looked at again.
+                while not told and self._swarm.peers():
+                    async with asyncio.TaskGroup() as group:
+                        for link, _ in list(self._links.values()):
+                            group.create_task(give(link))
+                    if not told:
+                        await asyncio.sleep(_LOOK_AGAIN_S)
+        return sorted(told)
 
     async def ping(self, node_id: str) -> float:
         """Ask a member something small and return the milliseconds until its answer.

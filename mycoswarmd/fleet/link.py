@@ -325,11 +325,12 @@ class Link:
         if isinstance(told, dict):
             self._around.peers_told(told)
 
-    async def give(self, statements: Sequence[Mapping[str, object]]) -> None:
-        """Hand statements to the member, if it is ready."""
-        if self.client is not None:
-            body = {"have": self._around.swarm.hashes(), "statements": list(statements)}
-            await self._quietly(self.client.ask("POST", "/swarm/sync", body))
+    async def give(self, statements: Sequence[Mapping[str, object]]) -> bool:
+        """Hand statements to the member, if it is ready; tell whether it has taken them."""
+        if self.client is None:
+            return False
+        body = {"have": self._around.swarm.hashes(), "statements": list(statements)}
+        return await self._quietly(self.client.ask("POST", "/swarm/sync", body))
 
     async def _ask_for_a_beacon(self) -> None:
         """Ask a signer again, as long as nothing says how old this node's roster is."""

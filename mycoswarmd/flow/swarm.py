@@ -20,6 +20,7 @@ from mycoswarmd.core.roster import (
     Roster,
     Statement,
     StatementSet,
+    encode_statement,
     make_body,
     signed,
 )
@@ -134,6 +135,8 @@ class Swarm(SwarmExchange):
             keys += made[:_MAX_REMOVALS]
             removals = self._removals(keys, but=made[_MAX_REMOVALS:])
             await self._note("revoke", node=member.id, reason=reason, keys=keys)
+            if member.id == self.self_id:  # its links end with its membership: the others hear of it first
+                await self._give(*(encode_statement(one) for one in (revocation, *removals)))
             await self._believe([revocation, *removals])
         await self._spread()
         return member
@@ -183,21 +186,28 @@ class Swarm(SwarmExchange):
         members = {key: roster.members.get(node) for key, node in roster.signers.items()}
         return sorted(one.name if one is not None else key[:16] for key, one in members.items())
 
-    async def leave(self) -> None:
-        """Say so to the others, then forget the swarm and the keys; without a swarm, what is left of keys."""
+    async def leave(self) -> list[str] | None:
+        """Say so to the others, then forget the swarm and the keys; without a swarm, what is left of keys.
+
+        Returns who of the others heard of it, or None where there is nobody to tell.
+        """
+        told: list[str] | None = None
         async with self._acts:
             if self._set is not None:
-                await self._say_goodbye()
+                told = await self._say_goodbye()
             elif self.identity is None and await asyncio.to_thread(self._identities.load) is None:
                 self._require_roster()
             async with self._lock:
                 await self._forget()
+        return told
 
-    async def _say_goodbye(self) -> None:
+    async def _say_goodbye(self) -> list[str] | None:
         roster, identity = self._require_roster(), self.identity
-        me = self.member(identity.node_id) if identity is not None else None
-        if identity is None or me is None:
-            return
+        if identity is None:
+            return None
+        me = self.member(identity.node_id)
+        if me is None:  # put out, perhaps from here, and nobody has heard of it
+            return await self._tell(*map(encode_statement, self._against(identity.node_id)))
         if me.is_signer and len(roster.members) > 1:
             self._check_signers_left(me.name, self._keys_of(me.id))
         body = make_body(
@@ -208,7 +218,15 @@ class Swarm(SwarmExchange):
             key=identity.public_key.hex(),
         )
         await self._note("leave", node=identity.node_id)
-        await self._give(signed(body, (identity.public_key, identity.sign)))
+        return await self._tell(signed(body, (identity.public_key, identity.sign)))
+
+    def _against(self, node_id: str) -> list[Statement]:
+        """Return what puts a node out: its revocations, and the ends of signing keys."""
+        return [
+            one
+            for one in self._whole().by_hash.values()
+            if one.kind is Kind.DROP_SIGNER or (one.kind is Kind.REVOKE and one.facts.get("node") == node_id)
+        ]
 
     async def rekey(self) -> dict[str, object]:
         """Put a new key in the place of this node's; the old id is never used again."""
@@ -368,6 +386,14 @@ class Swarm(SwarmExchange):
     async def _spread(self) -> None:
         if self.spread is not None:
             await self.spread()
+
+    async def _tell(self, *statements: Mapping[str, object]) -> list[str] | None:
+        """Hand over what somebody has to hear before it can be said no more; return who did."""
+        if self.tell is None:
+            await self._give(*statements)
+        if self.tell is None or not self.peers():
+            return None
+        return list(await self.tell(statements))
 
     async def _give(self, *statements: Mapping[str, object]) -> None:
         """Hand statements to everybody who can be reached, before they take effect here."""

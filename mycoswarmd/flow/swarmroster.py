@@ -81,6 +81,7 @@ class SwarmRoster:
         self.ask_signer_key: Callable[[str], Awaitable[str]] | None = None
         self.spread: Callable[[], Awaitable[None]] | None = None
         self.give: Callable[[Sequence[Mapping[str, object]]], Awaitable[None]] | None = None
+        self.tell: Callable[[Sequence[Mapping[str, object]]], Awaitable[Sequence[str]]] | None = None
         self.reached: Callable[[], Mapping[str, Sequence[str]]] = dict
 
     async def start(self, *, boots: int = 1) -> None:

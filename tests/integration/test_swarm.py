@@ -221,6 +221,24 @@ def test_leaving_forgets_and_lets_one_join_again_under_another_id(pair: tuple[Me
     assert ask(pi, "ok")[0] == 200
 
 
+def test_who_puts_itself_out_and_leaves_is_out_for_the_others(tmp_path: Path) -> None:
+    """Also when it does both in one breath; where nobody is there to hear of it, that is said."""
+    first, second = (Member(tmp_path, name) for name in ("first", "second"))
+    with swarm_of(tmp_path, first, second):
+        first.post("/api/swarm/signers", {"node": "second"})
+        until(lambda: (second.swarm()["self"] or {}).get("signer"))
+        first.post("/api/swarm/revoke", {"node": "first", "reason": "sold"})
+        assert first.post("/api/swarm/leave") == {"left": "home", "told": ["second"]}
+        assert first.swarm()["swarm"] is None
+        assert [one["name"] for one in second.swarm()["nodes"]] == ["second"]
+        assert [one["id"] for one in second.swarm()["revoked"]] == [first.id]
+
+        first.join(second)
+        until(lambda: first.reaches("second"))
+        second.node.kill()
+        assert first.post("/api/swarm/leave") == {"left": "home", "told": []}
+
+
 def test_a_second_signer_invites_and_revokes(tmp_path: Path) -> None:
     first, second = (Member(tmp_path, name) for name in ("first", "second"))
     third = Member(tmp_path, "third", peers=(first.port,))

@@ -167,6 +167,14 @@ def test_leaving_and_a_new_key_are_asked_about(home: FakeNode, command: str) -> 
         assert "n" * 26 in ran.err and PC in ran.err
 
 
+@pytest.mark.parametrize(("told", "said"), [([], True), (["pi"], False), (None, False)])
+def test_who_leaves_unheard_is_told_what_to_do(home: FakeNode, told: list[str] | None, said: bool) -> None:
+    home.on("POST", "/api/swarm/leave", answer({"left": "home", "told": told}))
+    ran = ctl(home, "leave", "--yes")
+    assert ran.code == 0
+    assert ("nobody could be told: on another node, mycoswarmctl revoke study-pc" in ran.err) is said, ran.err
+
+
 def test_what_the_node_refuses_is_said_with_its_reason(home: FakeNode) -> None:
     home.on("POST", "/api/swarm/revoke", refuse(409, "not-a-signer", hint="do it on study-pc"))
     ran = ctl(home, "revoke", "anna", "--yes")
