@@ -15,6 +15,7 @@ from mycoswarmd.api.control import administers, may_administer
 from mycoswarmd.api.openai import send
 from mycoswarmd.api.peers import desk_of
 from mycoswarmd.api.services import SwarmDesk
+from mycoswarmd.core.names import MAX_NAME_CHARS
 from mycoswarmd.core.roster import Member
 from mycoswarmd.core.types import Role, Unknown
 from mycoswarmd.errors import BadRequest, Conflict, Unavailable
@@ -25,7 +26,7 @@ from mycoswarmd.wire.peer import Word, encode_word
 SWARM_PORT = 7437
 _TTL_S = 15 * 60
 _DAY_S = 86_400
-_NAME_CHARS = 63
+_NAME_CHARS = MAX_NAME_CHARS
 _NODE_CHARS = 80
 _CODE_CHARS = 80
 _REASON_CHARS = 200

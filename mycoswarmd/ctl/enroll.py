@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mycoswarmd.core.names import check_name
+from mycoswarmd.core.names import MAX_NAME_CHARS, check_name
 from mycoswarmd.ctl.members import SHORT_ID
 from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
@@ -96,7 +96,7 @@ def own_name() -> str:
     except (KeyError, OSError):  # a user id without an account
         user = "operator"
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{user}-{platform.node().split('.')[0]}").strip("-._")
-    return words[:63] or "operator"
+    return words[:MAX_NAME_CHARS] or "operator"
 
 
 def _join_node(session: Session, code: str, addresses: Sequence[str], name: str | None) -> Doc:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from mycoswarmd.core.names import NAME, NAME_HINT
 from mycoswarmd.core.units import parse_duration_s
 from mycoswarmd.errors import ConfigError
 from mycoswarmd.wire.proof import Unit
@@ -221,7 +222,7 @@ def load_settings(options: Options) -> Settings:
         runtime_dir=runtime_dir,
         policy_file=policy_file or beside,
         policy_is_given=policy_file is not None,
-        node_name=text("node_name") or platform.node().split(".")[0] or "node",
+        node_name=_node_name(text("node_name"), where),
         listen=parse_listen(listen_text, where),
         swarm_listen=_swarm_listen(options.swarm_listen or text("swarm_listen"), where),
         peers=_peers(values["peers"], where),
@@ -308,6 +309,15 @@ def _swarm_listen(text: str | None, where: str) -> tuple[str, int] | None:
     if found is None:
         raise _invalid(where, "swarm_listen", f"must be ADDRESS:PORT, such as [::]:7437, not {text!r}")
     return found
+
+
+def _node_name(text: str | None, where: str) -> str:
+    if text is None:
+        host = platform.node().split(".")[0]
+        return host if NAME.fullmatch(host) else "node"
+    if not NAME.fullmatch(text):
+        raise _invalid(where, "node_name", f"cannot be {text[:80]!r}; accepted: {NAME_HINT}")
+    return text
 
 
 def _cages(text: str | None, where: str, *, is_appliance: bool) -> CageKind:

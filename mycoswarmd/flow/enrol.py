@@ -96,6 +96,13 @@ class Invitations:
         self._waiting: dict[str, Waiting] = {}
         self._asks_again_until_s = 0.0
         self._lock = asyncio.Lock()
+        swarm.subscribe(self._on_roster)
+
+    def _on_roster(self) -> None:
+        """An invitation is of one swarm, and ends with this node's part in it, as on the disk."""
+        if self._swarm.roster is None:
+            self._rows.clear()
+            self._waiting.clear()
 
     async def load(self) -> None:
         """Read the invitations of this boot; those of an earlier one are dead."""

@@ -11,7 +11,7 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from mycoswarmd.core.names import numbered
+from mycoswarmd.core.names import check_name, numbered
 from mycoswarmd.core.roster import (
     MAX_REKEYS,
     MAX_STATEMENTS,
@@ -40,6 +40,8 @@ class Swarm(SwarmExchange):
 
     async def init(self, name: str, *, node_name: str, recovery_public_hex: str) -> dict[str, object]:
         """Begin a swarm of one: this node, its signer, and the recovery key that the person wrote down."""
+        check_name(name, "the swarm")
+        check_name(node_name, "this node")
         async with self._acts:
             self._require_none("begin a swarm")
             identity = await asyncio.to_thread(self._identities.create)

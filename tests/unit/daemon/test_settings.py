@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from mycoswarmd.daemon.outside import make_cages
+from mycoswarmd.daemon.serve import check
 from mycoswarmd.daemon.settings import (
+    ENGINE_DIR,
     OUTPOSTS,
     OUTPOSTS_DIR,
     CageKind,
@@ -26,6 +28,23 @@ UNITS = Path(__file__).resolve().parents[3] / "systemd"
 def load(tmp_path: Path, text: str = "") -> object:
     (tmp_path / "mycoswarm.toml").write_text(text)
     return load_settings(Options(state=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["my pi", "", "-pi", "x" * 65, "küche"])
+def test_a_node_is_not_called_what_is_no_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"mycoswarm\.toml: 'node_name' cannot be .*; accepted: letters"):
+        load(tmp_path, f'node_name = "{name}"')
+    with pytest.raises(ConfigError):
+        check(state=tmp_path, config=None, policy=None, listen=None)
+    load(tmp_path, f'node_name = "{"x" * 64}"')
+
+
+@pytest.mark.parametrize(("host", "name"), [("pi.lan", "pi"), ("küche", "node"), ("", "node"), ("-", "node")])
+def test_a_host_name_that_is_no_name_names_no_node(
+    tmp_path: Path, host: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.node", lambda: host)
+    assert load_settings(Options(state=tmp_path)).node_name == name
 
 
 def test_everything_lies_under_the_given_state_directory(tmp_path: Path) -> None:
@@ -167,3 +186,21 @@ def test_weaker_cages_are_the_operators_own_decision(tmp_path: Path) -> None:
 def test_cages_that_cannot_be_are_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load(tmp_path, text)
+
+
+def test_check_describes_the_service_where_the_node_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    unit, config = tmp_path / "mycoswarmd.service", tmp_path / "mycoswarm.toml"
+    config.write_text("")
+    monkeypatch.setattr("mycoswarmd.daemon.serve.UNIT_FILES", (unit,))
+
+    def said(state: Path | None = None) -> str:
+        nothing = tmp_path / "policy.toml"
+        return check(state=state, config=config, policy=nothing if nothing.exists() else None, listen=None)
+
+    assert "a process" in said() and "http://127.0.0.1:7436" in said()
+    unit.touch()
+    assert "a service" in said() and "unix socket only" in said()
+    assert f"models   {ENGINE_DIR}/models" in said() and "cages    systemd" in said()
+    assert "a process" in said(tmp_path)
