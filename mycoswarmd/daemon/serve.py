@@ -26,6 +26,8 @@ log = logging.getLogger("mycoswarmd")
 _OPEN_FILES = 8_192
 # asyncio reserves 256 KiB for each end of a TLS connection; a swarm of ten has forty ends.
 _TLS_BUFFER_BYTES = 32 << 10
+# Where a package or `mycoswarmctl service install` puts the unit of the machine's node.
+UNIT_FILES = tuple(Path(f"/{place}/systemd/system/mycoswarmd.service") for place in ("etc", "usr/lib", "lib"))
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -163,8 +165,9 @@ def check(
     listen: str | None,
     appliance: bool = False,
 ) -> str:
-    """Load settings and policy as `run` would and describe them."""
-    options = Options(state=state, config=config, policy=policy, listen=listen, appliance=appliance)
+    """Load settings and policy as `run` would and describe them: as the service's, where this node is one."""
+    is_service = appliance or (state is None and any(path.exists() for path in UNIT_FILES))
+    options = Options(state=state, config=config, policy=policy, listen=listen, appliance=is_service)
     settings = load_settings(options)
     listening = f"http://{settings.listen[0]}:{settings.listen[1]}" if settings.listen else "unix socket only"
     if (
@@ -178,6 +181,7 @@ def check(
         said = "the file does not exist: the shipped default would be used"
     return "\n".join(
         (
+            f"runs as  {'a service of systemd' if is_service else 'a process of whoever starts it'}",
             f"state    {settings.state_dir}",
             f"socket   {settings.socket_path}",
             f"listen   {listening}",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,7 +16,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("LICENSE", "README.md", "docs", "mycoswarmd", "packaging", "policy", "pyproject.toml", "systemd")
+PARTS = (
+    "LICENSE",
+    "README.md",
+    "SECURITY.md",
+    "docs",
+    "mycoswarmd",
+    "packaging",
+    "policy",
+    "pyproject.toml",
+    "systemd",
+)
 _BUILD_S = 120
 
 pytestmark = [
@@ -137,6 +148,15 @@ def test_what_is_in_it(deb: Path, tree: Path) -> None:
         assert wanted in found, wanted
     control = subprocess.run(["dpkg-deb", "-I", str(deb), "conffiles"], capture_output=True, text=True).stdout
     assert control.split() == ["/etc/mycoswarm/mycoswarm.toml", "/etc/mycoswarm/policy.toml"]
+
+
+def test_every_page_that_the_readme_leads_to_is_in_it(deb: Path) -> None:
+    pages = {member.name.removeprefix("./usr/share/doc/mycoswarmd/"): data for member, data in members(deb)}
+    for page in ("README.md", "docs/quickstart.md", "docs/howto/pairing.md", "docs/howto/upgrade.md"):
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", pages[page].decode())
+        targets = {os.path.normpath(f"{Path(page).parent}/{link}") for link in links}
+        assert targets and targets <= set(pages), (page, targets - set(pages))
+    assert "examples/profiles/home.toml" in pages  # named in the policy itself
 
 
 def test_the_list_of_what_it_is_made_of_is_in_it(deb: Path) -> None:
