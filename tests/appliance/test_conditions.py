@@ -36,7 +36,7 @@ WITHOUT_VIRTUAL_MACHINES = (
 )
 ALWAYS_UNPROVED = (
     "power loss in a disk: what it had acknowledged and kept in its own cache is never lost here",
-    "MemoryMax of the engine's unit: it is a part of the machine's memory, all of which would have to be used",
+    "MemoryMax of the engine's unit: a part of the memory of the machine, all of which would have to be used",
 )
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(300)
 KILLED_FOR_S = 60
 BROKEN_FOR_S = 60
 # Posts tasks one after the other for as long as it lives; says the id of each that was acknowledged.
-_POSTER = """
+POSTER = """
 import http.client, json, socket, sys, time
 class Connection(http.client.HTTPConnection):
     def connect(self):
@@ -94,7 +94,7 @@ def node(appliance_lab: Lab, images: Images) -> Iterator[Machine]:
     start_engine(machine)
     machine.run("systemctl", "restart", "mycoswarmd")
     wait_ready(machine)
-    machine.write("/opt/poster.py", _POSTER)
+    machine.write("/opt/poster.py", POSTER)
     machine.write("/opt/ends.py", _ENDS)
     yield machine
     machine.pull_plug()

@@ -291,16 +291,19 @@ class VirtualMachine(Shell):
         self._listener = threading.Thread(target=self._listen, args=(self._socket, self._beside), daemon=True)
         self._listener.start()
 
-    def wait_booted(self) -> str:
-        """Wait until systemd has started everything; return `running` or `degraded`."""
-        # How fast it is it says only once it answers.
-        give_up_s = time.monotonic() + BOOT_S * EMULATED
+    def wait_shell(self) -> None:
+        """Wait until it answers, whatever has started by then, and learn how fast it is."""
         try:
             assert self._beside[0].wait(BOOT_S * EMULATED) == 0
         except (TimeoutError, AssertionError):
             raise CommandFailed(f"{self.name} does not boot:\n{self.console()}") from None
         is_emulated = self.run("systemd-detect-virt", check=False).out.strip() == "qemu"
         self.patience = EMULATED if is_emulated else 1.0
+
+    def wait_booted(self) -> str:
+        """Wait until systemd has started everything; return `running` or `degraded`."""
+        self.wait_shell()
+        give_up_s = time.monotonic() + BOOT_S * self.patience
         while True:
             state = self.run("systemctl", "is-system-running", "--wait", check=False, timeout_s=BOOT_S)
             if state.out.strip() in {"running", "degraded"}:
