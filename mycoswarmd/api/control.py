@@ -14,7 +14,7 @@ from mycoswarmd.core.names import NAME
 from mycoswarmd.core.placement import Candidate, why_not
 from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.explain import explain as explain_request
-from mycoswarmd.core.policy.request import parse_request
+from mycoswarmd.core.policy.request import check_declared, parse_request
 from mycoswarmd.core.tasks import FINAL, Event, Task, TaskSpec, TaskState
 from mycoswarmd.core.types import Action, Request, TaskId
 from mycoswarmd.errors import BadRequest, Denied
@@ -261,6 +261,8 @@ async def explain(call: Call) -> StreamResponse:
     body = call.json()
     in_force = call.services.policy.policy
     request = parse_request(body, in_force, speaker=call.principal)
+    if in_force is not None:
+        check_declared(request, in_force)
     if request.action is not Action.INFER or request.model is None:
         return json_answer(explain_request(in_force, request).as_json())
     prompt = Prompt(kind=PromptKind.CHAT, model=request.model, params={})

@@ -7,7 +7,9 @@ from mycoswarmd.errors import BadRequest
 
 MAX_NAME_CHARS: Final = 64
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-NAME_HINT: Final = f"letters, digits, dots, dashes and underscores, at most {MAX_NAME_CHARS}, starting with a letter or digit"
+NAME_HINT: Final = (
+    f"1 to {MAX_NAME_CHARS} letters, digits, dots, dashes, underscores, a letter or digit first"
+)
 
 
 def check_name(name: str, what: str = "a node") -> None:

@@ -633,7 +633,8 @@ async def test_a_swarm_begins_and_ends() -> None:
         assert (await owner.ask("POST", "/api/swarm/leave")).json == {"left": "home", "told": None}
         assert (await owner.ask("GET", "/api/swarm")).json["swarm"] is None
         # Its invitations went with it, also where another swarm begins.
-        assert not node.services.swarm.invitations.is_open()
+        desk = node.services.swarm
+        assert desk is not None and not desk.invitations.is_open()
         assert (await owner.ask("POST", "/api/swarm/init", body)).status == 201
         assert (await owner.ask("GET", "/api/swarm")).json["invites"] == []
         assert (await owner.ask("DELETE", f"/api/swarm/invites/{code[:4]}")).code == "invite-unknown"
@@ -645,7 +646,8 @@ async def test_a_swarm_does_not_begin_with_what_is_no_name() -> None:
     async with running_api(in_swarm=False) as node, local_user(node, uid=0) as owner:
         for bad in ({"name": "my home"}, {"node_name": "my pi"}, {"node_name": "-"}):
             assert (await owner.ask("POST", "/api/swarm/init", {**body, **bad})).code == "bad-name"
-        assert node.services.swarm.swarm.identity is None
+        desk = node.services.swarm
+        assert desk is not None and desk.swarm.identity is None
         longest = {"name": "x" * 64, "node_name": "y" * 64}
         assert (await owner.ask("POST", "/api/swarm/init", {**body, **longest})).status == 201
 

@@ -99,6 +99,16 @@ def test_a_node_under_the_sample_explains_the_cloud(daemon: NodeProcess) -> None
     facts = {"action": "infer", "model": "gpt-4o", "dest": "bigcloud"}
     said = daemon.call("POST", "/api/policy/explain", {**facts, "label": "public"}).json
     assert (said["decision"], said["rule"]) == ("ask", "cloud-for-public")
+    for facts_of_nobody, key, meant in (
+        ({"label": "privat"}, "label", "private"),
+        ({"agent": "codr"}, "agent", "coder"),
+        ({"action": "tool", "agent": "coder", "tool": "fs_raed"}, "tool", "fs_read"),
+    ):
+        refused = daemon.call("POST", "/api/policy/explain", {**facts, **facts_of_nobody})
+        assert refused.status == 400, refused.json
+        error = refused.json["error"]
+        assert (error["code"], error["where"]) == ("bad-facts", key)
+        assert error["hint"] == f"did you mean '{meant}'?"
     said = daemon.call("POST", "/api/policy/explain", {**facts, "label": "secret"}).json
     assert (said["decision"], said["rule"]) == ("deny", "secret-never-travels")
 

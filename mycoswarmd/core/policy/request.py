@@ -82,6 +82,17 @@ def parse_request(
     )
 
 
+def check_declared(request: Request, policy: Policy) -> None:
+    """Refuse a label, agent or tool that the policy does not have: who asks about it means another."""
+    for key, word, known in (
+        ("label", request.label, policy.labels.order),
+        ("agent", request.agent, policy.agents),
+        ("tool", request.tool, policy.tools),
+    ):
+        if word is not None and word not in known:
+            raise _bad(key, f"the policy has no {key} {word[:MAX_NAME]!r}", near(word, known))
+
+
 def facts_of(request: Request) -> dict[str, object]:
     """Return what is notable about a request, under the keys that parse_request reads."""
     facts: dict[str, object] = {"action": request.action.value, "zone": request.zone.value}
