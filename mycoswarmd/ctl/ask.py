@@ -14,6 +14,8 @@ from mycoswarmd.errors import BadRequest, EngineError, MycoswarmError, NotFound
 
 # What the daemon takes (its PROMPT_BODY_BYTES), less room for the rest of the request.
 MAX_PROMPT_BYTES = 7 << 20
+# Of the swarm's models, where one has to be chosen.
+_NAMED = 4
 
 
 @guarded
@@ -97,7 +99,16 @@ def header_value(label: str) -> str:
 def first_model(session: Session) -> str:
     """Choose when nobody did: a chat model of this node, in the order of the list; say so on stderr."""
     listed = session.client.get("/api/models").get("models", [])
-    here = [row for row in listed if row.get("zone") == "self" and "chat" in row.get("kinds", ["chat"])]
+    chat = [row for row in listed if "chat" in row.get("kinds", ["chat"])]
+    here = [row for row in chat if row.get("zone") == "self"]
+    afar = sorted({str(row["name"]) for row in chat if row.get("zone") == "lan"})
+    if not here and afar:
+        more = f", and {len(afar) - _NAMED} more: mycoswarmctl models" if len(afar) > _NAMED else ""
+        raise NotFound(
+            "no-model",
+            "cannot choose a model: this node serves none",
+            hint=f"say which one of the swarm's: --model {' or '.join(map(line, afar[:_NAMED]))}{more}",
+        )
     if not here:
         raise NotFound(
             "no-model",

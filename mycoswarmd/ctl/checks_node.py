@@ -356,6 +356,11 @@ def in_swarm(status: Doc, swarm: Doc, *, file_sha256: str) -> Iterator[Finding]:
     summary = status.get("swarm")
     if not isinstance(summary, dict):
         return
+    own = swarm.get("self") or {}
+    if own.get("id") and not any(row.get("self") for row in swarm.get("nodes") or []):
+        detail = f"This node was put out of swarm {summary.get('name')}: the others refuse it."
+        yield _broken("membership", detail, "sudo mycoswarmctl leave && sudo mycoswarmctl enroll")
+        return
     age_s = summary.get("roster_age_s")
     rows = [row for row in swarm.get("nodes") or [] if isinstance(row, dict) and row.get("state") == "ready"]
     others = [row for row in rows if not row.get("self")]

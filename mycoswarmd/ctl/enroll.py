@@ -16,7 +16,7 @@ from mycoswarmd.ctl.plain import examples, typer
 from mycoswarmd.ctl.refusals import Doc
 from mycoswarmd.ctl.screen import line
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
-from mycoswarmd.errors import BadRequest, ConfigError, MycoswarmError
+from mycoswarmd.errors import BadRequest, ConfigError, Conflict, MycoswarmError
 
 # What reads codes, and what holds an operator's key: hashing and cryptography, which --help does without.
 _CODES = "mycoswarmd.core.enrol"
@@ -101,6 +101,7 @@ def own_name() -> str:
 
 def _join_node(session: Session, code: str, addresses: Sequence[str], name: str | None) -> Doc:
     body = {"code": code, "addresses": list(addresses)} | ({"name": name} if name else {})
+    _check_free(session.local.get("/api/swarm"))
     try:
         return session.local.post(
             "/api/swarm/enroll", body, timeout_s=_JOIN_S, on_wait=lambda: _words(session)
@@ -109,6 +110,18 @@ def _join_node(session: Session, code: str, addresses: Sequence[str], name: str 
         session.aside("\nthe node itself goes on trying, for up to three minutes; if it joins after all:")
         session.aside("  mycoswarmctl leave")
         raise
+
+
+def _check_free(known: Doc) -> None:
+    """Refuse a node that is in a swarm, or was put out of one, before anybody waits for anything."""
+    if found := known.get("swarm"):
+        is_member = any(row.get("self") for row in known.get("nodes") or [])
+        standing = "is in" if is_member else "was put out of"
+        raise Conflict(
+            "already-in-swarm",
+            f"cannot join: this node {standing} swarm {found.get('name')!r}",
+            hint="mycoswarmctl leave first",
+        )
 
 
 def _words(session: Session) -> None:

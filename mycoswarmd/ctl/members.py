@@ -16,6 +16,7 @@ from mycoswarmd.errors import BadRequest, Conflict, MycoswarmError, NotFound
 
 # Enough of an id to know a node again; the node takes any beginning of four and more.
 SHORT_ID = 8
+_PINGS = 16
 _PORT = ":7437"
 _KEY_OR_ID = re.compile(r"[0-9a-f]{16,64}|[a-z2-7]{26}")
 # It holds an operator's key, and brings cryptography.
@@ -70,7 +71,7 @@ def ping(
     session = begin(ctx, as_json=as_json)
     known = others(fetch(session))
     targets = [(node, node)] if node else [(str(row["name"]), str(row["id"])) for row in known]
-    results = [_ping(session, name, node_id) for name, node_id in targets]
+    results = _ping_all(session, targets)
     if as_json:
         session.document({"pings": results})
     else:
@@ -191,8 +192,10 @@ def leave(
         ask_first(session, "leave the swarm and destroy your key on this computer?", yes=yes)
         answer: Doc = importlib.import_module(_JOINING).leave(session)
     else:
-        known = session.local.get("/api/swarm").get("self") or {}
-        ask_first(session, "take this node out of its swarm and destroy its key?", yes=yes)
+        found = session.local.get("/api/swarm")
+        known = found.get("self") or {}
+        if found.get("swarm") or known:  # else nothing but what is left of keys can be lost
+            ask_first(session, "take this node out of its swarm and destroy its key?", yes=yes)
         answer = session.local.post("/api/swarm/leave")
     if as_json:
         session.document(answer)
@@ -341,6 +344,15 @@ def _state(row: Doc) -> str:
     said = str(row.get("state") or "unknown")
     said += f": {row['detail']}" if row.get("detail") else ""
     return f"{said} (ALARM: {row['alarm']})" if row.get("alarm") else said
+
+
+def _ping_all(session: Session, targets: Sequence[tuple[str, str]]) -> list[Doc]:
+    """Ping all at once: one that is away is waited for, and not by the others."""
+    if session.is_remote or len(targets) < 2:  # from afar there is one connection
+        return [_ping(session, name, node_id) for name, node_id in targets]
+    futures = importlib.import_module("concurrent.futures")
+    with futures.ThreadPoolExecutor(min(_PINGS, len(targets))) as pool:
+        return list(pool.map(lambda target: _ping(session, *target), targets))
 
 
 def _ping(session: Session, node: str, node_id: str) -> Doc:

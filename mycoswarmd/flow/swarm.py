@@ -149,6 +149,7 @@ class Swarm(SwarmExchange):
         A key that it had before, and has lost, is removed: one node has one key.
         """
         async with self._acts:
+            self.require_signer()
             member = self.find(text)
             if member.role is not Role.NODE or self.ask_signer_key is None:
                 raise Conflict("not-a-node", f"cannot make {member.name!r} a signer: only a node can sign")

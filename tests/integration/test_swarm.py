@@ -246,6 +246,9 @@ def test_a_second_signer_invites_and_revokes(tmp_path: Path) -> None:
         refused = second.node.call("POST", "/api/swarm/invites", {})
         assert refused.status == 409
         assert refused.json["error"]["code"] == "not-a-signer"
+        # Nobody else is asked for a key before this node knows that it may not use it.
+        refused = second.node.call("POST", "/api/swarm/signers", {"node": "first"})
+        assert (refused.status, refused.json["error"]["hint"]) == (409, "do it on first")
         first.post("/api/swarm/signers", {"node": "second"})
         until(lambda: (second.swarm()["self"] or {}).get("signer"))
         third.node.start()

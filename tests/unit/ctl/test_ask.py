@@ -145,6 +145,19 @@ def test_no_model_on_this_node_says_how_to_get_one(node: FakeNode) -> None:
     assert "engine install" in ran.err
 
 
+def test_where_others_have_models_they_are_named(node: FakeNode) -> None:
+    """A prompt leaves this node only for what a person named."""
+    afar = [{"name": f"m{i}", "zone": "lan", "kinds": ["chat"]} for i in (2, 1, 1)]
+    vectors = {"name": "v", "zone": "lan", "kinds": ["embedding"]}
+    node.on("GET", "/api/models", answer({"models": [*MODELS["models"][:2], vectors, *afar]}))
+    ran = ctl(node, "ask", "hi")
+    assert ran.code == 1 and node.paths() == ["GET /api/models"]
+    assert "hint: say which one of the swarm's: --model m1 or m2\n" in ran.err
+    afar += [{"name": f"n{i}", "zone": "lan", "kinds": ["chat"]} for i in range(4)]
+    node.on("GET", "/api/models", answer({"models": afar}))
+    assert "m1 or m2 or n0 or n1, and 2 more: mycoswarmctl models" in ctl(node, "ask", "hi").err
+
+
 @pytest.mark.parametrize("label", ["a\r\nX-Evil: 1", "ü"])
 def test_a_label_that_is_no_word_is_refused_here(node: FakeNode, label: str) -> None:
     ran = ctl(node, "ask", "--model", "m", "--label", label, "hi")

@@ -500,6 +500,21 @@ def test_a_roster_that_is_older_than_the_swarms(
     assert rows(ctl(node, "doctor", "--json").json)["roster"] == expected
 
 
+def test_a_node_that_was_put_out_is_broken(sound: Tree, node: FakeNode) -> None:
+    other = {"name": "pi", "state": "unreachable", "self": False}
+    me = {"name": "here", "state": "ready", "self": True}
+    node.on("GET", "/api/status", answer({"swarm": {"name": "home", "roster_age_s": 60}}))
+    said = {"swarm": {"name": "home"}, "self": {"id": "a" * 26}}
+    node.on("GET", "/api/swarm", answer({**said, "nodes": [me, other]}))
+    assert "membership" not in rows(ctl(node, "doctor", "--json").json)
+    node.on("GET", "/api/swarm", answer({**said, "nodes": [other]}))
+    found = ctl(node, "doctor", "--json").json
+    assert rows(found)["membership"] == "broken"
+    (row,) = (one for one in found["checks"] if one["name"] == "membership")
+    assert "put out of swarm home" in row["detail"]
+    assert row["fix"] == "sudo mycoswarmctl leave && sudo mycoswarmctl enroll"
+
+
 def test_what_a_unit_did_not_prove_is_weak_and_what_it_refuted_is_broken(sound: Tree, node: FakeNode) -> None:
     wire = pytest.importorskip("mycoswarmd.wire.proof")
     names = [name.value for name in wire.EXPECTED[wire.Unit.CORE]]

@@ -264,6 +264,17 @@ def test_what_the_inviter_says_of_the_code_is_one_sentence(
     assert ran.err == f"error: cannot join with this code: it is old ({code})\n"
 
 
+@pytest.mark.parametrize(("rows", "said"), [([THERE], "was put out of"), ([HERE, THERE], "is in")])
+def test_who_is_or_was_in_a_swarm_is_told_before_anybody_waits(
+    newcomer: FakeNode, rows: list[dict[str, object]], said: str
+) -> None:
+    newcomer.on("GET", "/api/swarm", answer(swarm(*rows)))
+    ran = ctl(newcomer, "enroll", CODE)
+    assert ran.code == 1
+    assert f"this node {said} swarm 'home' (already-in-swarm)" in ran.err and "leave first" in ran.err
+    assert "six words" not in ran.err and "POST /api/swarm/enroll" not in newcomer.paths()
+
+
 def test_a_name_is_looked_at_before_anything_is_sent(newcomer: FakeNode) -> None:
     for command in (["enroll", CODE], ["enroll", "--operator", CODE], ["invite"]):
         ran = ctl(newcomer, *command, "--name", "my pi")
@@ -311,7 +322,7 @@ def test_while_a_person_decides_the_six_words_are_shown(
     def slow(asked: Asked) -> Reply:
         del asked
         with newcomer.changed:
-            assert newcomer.changed.wait_for(lambda: "GET /api/swarm" in newcomer.paths(), 5)
+            assert newcomer.changed.wait_for(lambda: newcomer.paths().count("GET /api/swarm") == 2, 5)
         return answer(JOINED)
 
     def told(asked: Asked) -> Reply:

@@ -1,10 +1,11 @@
 """nodes, revoke, signers, leave, rekey: what is sent, what is shown, and that nothing is done unasked."""
 
 import json
+import threading
 
 import pytest
 
-from tests.unit.ctl.fakenode import FakeNode, answer, ctl, refuse
+from tests.unit.ctl.fakenode import Asked, FakeNode, Reply, answer, ctl, refuse
 from tests.unit.ctl.swarm_data import ALONE, AWAY, GONE, HERE, LAPTOP, PC, PERSON, PI, THERE, WORD, row, swarm
 
 
@@ -74,6 +75,23 @@ def test_ping_asks_every_other_node_and_no_person(home: FakeNode) -> None:
     assert ran.code == 0
     assert ran.out.splitlines()[1].split() == ["kitchen\\x1b-pi", "1.2", "ms", "10.0.0.7:7437", "alive"]
     assert [path for path in home.paths() if path.endswith("/ping")] == [f"GET /api/swarm/nodes/{PI}/ping"]
+
+
+def test_nodes_are_pinged_at_the_same_time(node: FakeNode) -> None:
+    """Each answers only while the other is asked, too."""
+    both = threading.Barrier(2, timeout=5)
+
+    def slow(asked: Asked) -> Reply:
+        both.wait()
+        return answer({"ms": 1.0, "address": asked.path})
+
+    rows = [row(one * 26, one) for one in "ab"]
+    node.on("GET", "/api/swarm", answer(swarm(HERE, *rows)))
+    for one in rows:
+        node.on("GET", f"/api/swarm/nodes/{one['id']}/ping", slow)
+    ran = ctl(node, "nodes", "ping", "--json")
+    assert ran.code == 0, ran.err
+    assert [one["node"] for one in ran.json["pings"]] == ["a", "b"]
 
 
 def test_a_node_that_does_not_answer_a_ping_is_exit_1(home: FakeNode) -> None:
@@ -165,6 +183,13 @@ def test_leaving_and_a_new_key_are_asked_about(home: FakeNode, command: str) -> 
     assert sent(home) == [f"POST /api/swarm/{command}"]
     if command == "rekey":
         assert "n" * 26 in ran.err and PC in ran.err
+
+
+def test_leaving_no_swarm_is_no_question(node: FakeNode) -> None:
+    node.on("GET", "/api/swarm", answer(ALONE))
+    node.on("POST", "/api/swarm/leave", refuse(409, "no-swarm"))
+    ran = ctl(node, "leave")
+    assert ran.code == 1 and "(no-swarm)" in ran.err
 
 
 @pytest.mark.parametrize(("told", "said"), [([], True), (["pi"], False), (None, False)])
