@@ -17,12 +17,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mycoswarmd import __version__
 from mycoswarmd.ctl.ground import firm
+from mycoswarmd.ctl.ownwheel import make_wheel, named_wheel
 from mycoswarmd.ctl.plain import examples, make_app, typer
 from mycoswarmd.ctl.session import JSON, Session, begin, guarded
 from mycoswarmd.errors import ConfigError, Conflict
@@ -97,7 +98,7 @@ def find_share() -> Path:
     raise ConfigError(
         "no-units",
         f"cannot find the units: {str(package / 'share' / 'systemd')!r} does not exist",
-        hint="install the node as a package: pipx install mycoswarmd, or the Debian package",
+        hint="use the Debian package, or the wheel: pipx install ./mycoswarmd-VERSION-py3-none-any.whl",
     )
 
 
@@ -120,8 +121,8 @@ _ROOT = typer.Option(
 def install(
     ctx: typer.Context,
     root: Path = _ROOT,
-    source: str = typer.Option(
-        None, "--from", metavar="WHAT", help="What pip installs. Default: this version of mycoswarmd."
+    source: Path = typer.Option(
+        None, "--from", metavar="WHEEL", help="A wheel of the node. Default: what you are running."
     ),
     as_json: bool = JSON,
 ) -> None:
@@ -132,7 +133,10 @@ def install(
     service.need_root()
     service.refuse_beside_package()
     service.refuse_from_itself()
-    service.install(find_share(), source or f"mycoswarmd=={__version__}")
+    share = find_share()
+    given = ctx.params.get("source") is not None
+    with tempfile.TemporaryDirectory(prefix="mycoswarm-") as scratch:
+        service.install(share, str(named_wheel(source) if given else make_wheel(Path(scratch))))
 
 
 @service_app.command("uninstall")

@@ -66,3 +66,21 @@ def test_each_part_runs_as_a_user_of_its_own_without_capabilities(fresh: Fresh, 
             ):
                 assert line in status, (args, status)
     assert sorted(users.values()) == ["_mycoswarm", "_mycoswarm-lan"], rows
+
+
+def test_a_node_that_is_switched_off_stays_off(fresh: Fresh, suite: str) -> None:
+    machine, _ = fresh[suite]
+    machine.run("systemctl", "stop", "mycoswarmd.service")
+    assert ctl(machine, "status").code == 0  # control: its socket alone starts it again
+    machine.run("systemctl", "disable", "mycoswarmd")
+    sockets = "systemctl list-unit-files --no-legend 'mycoswarm*.socket'"
+    assert {row.split()[1] for row in machine.sh(sockets).out.splitlines()} == {"disabled"}
+    machine.run("systemctl", "stop", "mycoswarm*")
+    ran = ctl(machine, "status", check=False)
+    assert ran.code == 4 and "sudo systemctl start mycoswarmd" in ran.err, ran
+    active = "systemctl list-units --plain --no-legend --state=active,activating 'mycoswarm*.s*'"
+    assert machine.sh(active).out == ""
+    machine.run("systemctl", "enable", "--now", "mycoswarmd")
+    wait_ready(machine)
+    states = machine.sh(sockets).out.splitlines()
+    assert len(states) == 7 and all(row.split()[1] == "enabled" for row in states), states

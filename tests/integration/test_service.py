@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mycoswarmd import __version__
+
 ROOT = Path(__file__).parents[2]
 _PIP_S = 240
 
@@ -78,15 +80,33 @@ def files(disk: Path) -> set[str]:
     return {str(path.relative_to(disk)) for path in disk.rglob("*") if not path.is_dir()}
 
 
+def test_what_runs_is_what_is_installed_and_no_index_is_asked(site: Path, disk: Path, tmp_path: Path) -> None:
+    for name in ("mycoswarmd", f"mycoswarmd=={__version__}", str(tmp_path), str(tmp_path / "none.whl")):
+        done = ctl(site, "install", "--root", str(disk), "--from", name)
+        assert done.returncode == 2 and "no-wheel" in done.stderr, (name, done)
+    assert files(disk) == set() and not (tmp_path / "pip").exists()
+    make = "from pathlib import Path; from mycoswarmd.ctl.ownwheel import make_wheel; "
+    make = f"import sys; sys.path.insert(0, {str(site)!r}); {make}print(make_wheel(Path({str(tmp_path)!r})))"
+    wheel = subprocess.run([sys.executable, "-c", make], capture_output=True, text=True, check=True).stdout
+    pip = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", str(tmp_path / "there"), wheel.strip()], check=True, timeout=_PIP_S)
+    want = {name: (site / "mycoswarmd" / name).read_bytes() for name in files(site / "mycoswarmd")}
+    want = {name: data for name, data in want.items() if "__pycache__" not in name}
+    there = tmp_path / "there/mycoswarmd"
+    assert len(want) > 200 and want == {name: (there / name).read_bytes() for name in files(there)}
+
+
 def test_it_is_installed_compared_and_taken_away(site: Path, disk: Path, tmp_path: Path) -> None:
     root = ("--root", str(disk))
-    done = ctl(site, "install", *root, "--from", "some.whl")
+    wheel = tmp_path / "some.whl"
+    wheel.touch()
+    done = ctl(site, "install", *root, "--from", str(wheel))
     assert done.returncode == 0, done
     assert "mycoswarmctl init" in done.stderr
     libraries, node, check = (tmp_path / "pip").read_text().splitlines()
     lock = site / "mycoswarmd/share/lock.txt"
     assert libraries.endswith(f" install --only-binary :all: --require-hashes --requirement {lock}")
-    assert node.endswith(" install --only-binary :all: --no-deps some.whl") and check.endswith(" check")
+    assert node.endswith(f" install --only-binary :all: --no-deps {wheel}") and check.endswith(" check")
     units = {path.name for path in (ROOT / "systemd").iterdir() if path.suffix in {".service", ".socket"}}
     assert units == {path.name for path in (disk / "etc/systemd/system").iterdir()}
     agent = disk / "opt/mycoswarm/libexec/task"
@@ -113,7 +133,8 @@ def test_it_is_installed_compared_and_taken_away(site: Path, disk: Path, tmp_pat
 
     assert ctl(site, "install", *root).returncode == 0
     assert "IPAddressDeny=any\n" in unit.read_text() and policy.read_text() == "# the operator's\n"
-    assert "mycoswarmd==" in (tmp_path / "pip").read_text().splitlines()[-2]
+    own = (tmp_path / "pip").read_text().splitlines()[-2].split()[-1]
+    assert own.startswith("/") and own.endswith(f"/mycoswarmd-{__version__}-py3-none-any.whl")
     done = ctl(site, "uninstall", *root)
     assert done.returncode == 0, done
     kept = {"etc/mycoswarm/policy.toml", "etc/mycoswarm/mycoswarm.toml", str(dropin.relative_to(disk))}
