@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _STATIC_S = 5.0
 _SPREAD_S = 3.0
 # Who leaves waits so long for one member to have heard of it.
-_TELL_S, _LOOK_AGAIN_S = 8.0, 0.2
+_TELL_S, _LOOK_AGAIN_S = 5.0, 0.2
 _REFUSED = "peer-refuses-us"
 _PING_S = 4.0
 # Of what one member says about others.

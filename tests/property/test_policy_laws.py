@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mycoswarmd.core.policy.administer import nobody_administers
 from mycoswarmd.core.policy.diff import changed_requests
 from mycoswarmd.core.policy.evaluate import Approval, NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.explain import explain
@@ -17,7 +18,7 @@ from mycoswarmd.core.policy.prove import prove
 from mycoswarmd.core.policy.request import facts_of, parse_request
 from mycoswarmd.core.policy.space import Space, Wanted
 from mycoswarmd.core.policy.table import table_of
-from mycoswarmd.core.types import UNKNOWN, Effect, Principal, Request, Start, Zone
+from mycoswarmd.core.types import UNKNOWN, Action, Effect, Principal, Request, Start, Unknown, Zone
 from mycoswarmd.errors import Denied, PolicyInvalid, Problem
 from tests.policies import (
     EFFECTS,
@@ -275,3 +276,38 @@ def test_any_damage_to_a_file_is_refused_or_still_a_whole_policy(at: int, gone: 
         return
     assert problems
     assert all(problem.line >= 1 and problem.message.startswith("cannot ") for problem in problems)
+
+
+_PEOPLE = [
+    Principal(is_owner=owner, user=user, groups=frozenset(groups))
+    for owner, user, groups in product(
+        (False, True), (None, "alice"), ((), ("adm",), ("staff",), ("adm", "staff"))
+    )
+]
+_MINUTES: tuple[int | Unknown, ...] = (UNKNOWN, 0, 60, 600, 1380)
+_AGES_S: tuple[int | Unknown, ...] = (UNKNOWN, 0, 60, 61, 3601)
+
+
+@many
+@given(policies())
+def test_nobody_administers_is_said_exactly_where_no_person_ever_may(drawn: Policy) -> None:
+    """Also of rules about every action: of each, what is left is what can be told of an admin request."""
+    about_people = [
+        replace(
+            rule,
+            conditions=Conditions(
+                start=rule.conditions.start,
+                origin=rule.conditions.origin,
+                hours=rule.conditions.hours,
+                roster_age=rule.conditions.roster_age,
+            ),
+        )
+        for rule in drawn.rules
+    ]
+    for policy in (drawn, replace(drawn, rules=tuple(about_people))):
+        asked = (
+            Request(action=Action.ADMIN, principal=who, minute_of_day=minute, roster_age_s=age_s)
+            for who, minute, age_s in product(_PEOPLE, _MINUTES, _AGES_S)
+        )
+        may = any(isinstance(evaluate(policy, request), Permit) for request in asked)
+        assert nobody_administers(policy) is not may
