@@ -289,14 +289,16 @@ def _own_directory(directory: Path) -> None:
     found = directory.stat()
     if found.st_uid != os.geteuid():
         cause = f"it belongs to uid {found.st_uid}, not to uid {os.geteuid()}, which runs this"
+        hint = "choose a directory of its own; if the node is a service: sudo systemctl start mycoswarmd"
     elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         cause = f"others can write to it (mode {stat.S_IMODE(found.st_mode):o})"
+        hint = f"choose a directory of its own; if it is one: chmod 700 {shlex.quote(str(directory))}"
     else:
         return
     raise StoreError(
         "state-not-private",
         f"cannot use the state directory {str(directory)!r}: {cause}",
-        hint=f"choose a directory of its own; if it is one: chmod 700 {shlex.quote(str(directory))}",
+        hint=hint,
     )
 
 
