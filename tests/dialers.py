@@ -225,14 +225,25 @@ def control_group(directory: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(mount)], check=True)
 
 
-def let_nothing_out(group: Path) -> None:
-    """Filter a control group as IPAddressDeny=any does; skip where this kernel lets nobody."""
+def let_nothing_out(group: Path, *, but: str = "") -> None:
+    """Filter a control group as IPAddressDeny=any does, with one exception; skip where nobody can."""
+    # skb_load_bytes(skb, 16, stack, 4), where IPv4 has its destination; r1 = that; if r1 == but: r0 = 1, exit
+    exempt = "b702000010000000 bfa3000000000000 07030000f8ffffff b704000004000000 850000001a000000"
+    exempt += f" 61a1f8ff00000000 56010200{socket.inet_aton(but or '0.0.0.0').hex()}"
+    exempt += " b700000001000000 9500000000000000"
     # r0 = 0; exit: no packet passes
-    code = ctypes.create_string_buffer(bytes.fromhex("b700000000000000 9500000000000000"))
+    text = bytes.fromhex(f"{exempt if but else ''} b700000000000000 9500000000000000")
+    code = ctypes.create_string_buffer(text)
     licence = ctypes.create_string_buffer(b"GPL")
     program = _bpf(
         BPF_PROG_LOAD,
-        struct.pack("=IIQQ", BPF_PROG_TYPE_CGROUP_SKB, 2, ctypes.addressof(code), ctypes.addressof(licence)),
+        struct.pack(
+            "=IIQQ",
+            BPF_PROG_TYPE_CGROUP_SKB,
+            len(text) // 8,
+            ctypes.addressof(code),
+            ctypes.addressof(licence),
+        ),
     )
     if program < 0:
         pytest.skip("no filters for control groups here")

@@ -36,6 +36,8 @@ _MOVED = (
     (f"#!{_PYTHON} ", f"#!{_HOME}/venv/bin/python "),
 )
 _UNITS = "etc/systemd/system"
+# systemd finds a mount by its path, in which a dash has another meaning.
+_MOUNT = "run-mycoswarm\\x2dengine.mount"
 _PACKAGED = ("usr/lib/systemd/system/mycoswarmd.service", "lib/systemd/system/mycoswarmd.service")
 _COMMAND = "usr/local/bin/mycoswarmctl"
 _BUILD_AGENT = (
@@ -73,6 +75,7 @@ def service_files(share: Path) -> Iterator[Placed]:
     units, launchers = share / "systemd", share / "launchers"
     for path in sorted([*units.glob("*.socket"), *units.glob("*.service")]):
         yield Placed(f"{_UNITS}/{path.name}", _moved(path.read_text("utf-8")))
+    yield Placed(f"{_UNITS}/{_MOUNT}", (units / "engine.mount").read_text("utf-8"))
     yield Placed("etc/sysusers.d/mycoswarm.conf", (units / "sysusers.conf").read_text("utf-8"))
     yield Placed("etc/tmpfiles.d/mycoswarm.conf", (units / "tmpfiles.conf").read_text("utf-8"))
     cages = (units / "mycoswarm-task.tmpfiles.conf").read_text("utf-8")
@@ -240,6 +243,8 @@ class Service:
         command = self._firm(_COMMAND)
         if self._is_here:
             self._system("systemctl", "disable", "--quiet", "--now", *_started(share))
+            if (self._root / _UNITS / _MOUNT).exists():
+                self._system("systemctl", "stop", _MOUNT)
         for path in ours:
             path.unlink(missing_ok=True)
         if command.is_symlink() and str(command.readlink()).startswith(f"{_HOME}/"):

@@ -35,7 +35,7 @@ class CheckName(StrEnum):
     """What is proved. The values are stable: people and policies name them."""
 
     INET_SOCKET = "inet-socket"  # no socket of the internet families can be made
-    CANARY = "canary"  # the kernel's IP filter refuses 127.0.0.2
+    CANARY = "canary"  # the kernel's IP filter refuses 127.0.0.2, and addresses outside
     ADDRESS_FAMILIES = "address-families"  # no netlink, packet, vsock or crypto sockets
     DBUS = "dbus"  # no message bus can be reached
     RESOLVER = "resolver"  # nor a resolver's socket, which is a way out in itself
@@ -43,7 +43,9 @@ class CheckName(StrEnum):
     DOORS = "doors"  # nor any other socket that this unit was not given
     NO_NEW_PRIVILEGES = "no-new-privileges"
     SECCOMP = "seccomp"
+    CALLS = "calls"  # what the filter of calls is for is refused by it
     CAPABILITIES = "capabilities"
+    USER = "user"  # it is the user that it should be, and in no group beside its own
     MEMORY = "memory"  # the bound of the own control group is finite
 
 
@@ -55,7 +57,9 @@ _COMMON = (
     CheckName.DOORS,
     CheckName.NO_NEW_PRIVILEGES,
     CheckName.SECCOMP,
+    CheckName.CALLS,
     CheckName.CAPABILITIES,
+    CheckName.USER,
     CheckName.MEMORY,
 )
 # What each unit proves at its start. A unit with a network proves its filter, the others that they have none.

@@ -60,9 +60,8 @@ def calls(number, *words):
 
 
 def suid():
-    with open(path := f"/tmp/suid-{os.getpid()}", "w"):
-        pass
-    os.chmod(path, 0o4755)
+    # A file in memory: most units have no place for another.
+    os.fchmod(os.memfd_create("suid"), 0o4755)
     return True
 
 

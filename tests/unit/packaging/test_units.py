@@ -25,6 +25,7 @@ SOCKETS = {
     "core": "mycoswarmd.socket",
     **{name: f"mycoswarm-{name}.socket" for name in SERVICES if name != "core"},
 }
+MOUNTS = {"engine": "engine.mount"}
 EXPOSURE = {"core": 0.5, "task": 0.3}
 _OTHERS_EXPOSURE = 1.2
 
@@ -66,8 +67,9 @@ def disagreements(files: dict[str, str], heading: str, folder: Path = UNITS) -> 
 def test_the_table_has_a_row_for_every_directive_and_no_other() -> None:
     assert disagreements(SERVICES, "Services") == set()
     assert disagreements(SOCKETS, "Sockets") == set()
-    on_disk = {path.name for path in [*UNITS.glob("*.service"), *UNITS.glob("*.socket")]}
-    assert on_disk == {*SERVICES.values(), *SOCKETS.values()}
+    assert disagreements(MOUNTS, "Mounts") == set()
+    on_disk = {path.name for kind in ("service", "socket", "mount") for path in UNITS.glob(f"*.{kind}")}
+    assert on_disk == {*SERVICES.values(), *SOCKETS.values(), *MOUNTS.values()}
 
 
 @pytest.mark.parametrize("unit", SERVICES)
@@ -201,6 +203,12 @@ def test_pip_and_package_install_the_same_units(tmp_path: Path) -> None:
             back.replace("/opt/mycoswarm/sbin/mycoswarmd", "/usr/sbin/mycoswarmd")
             == (UNITS / name).read_text()
         )
+    mount = placed["etc/systemd/system/run-mycoswarm\\x2dengine.mount"]
+    assert mount.text == (UNITS / MOUNTS["engine"]).read_text()
+    assert (
+        "'$(ROOT)/lib/systemd/system/run-mycoswarm\\x2dengine.mount'"
+        in (PACKAGING / "debian/rules").read_text()
+    )
     launched = placed["opt/mycoswarm/libexec/lan"]
     assert launched.text.startswith("#!/opt/mycoswarm/venv/bin/python -I\n") and launched.mode == 0o755
     assert placed["etc/mycoswarm/policy.toml"].text == (ROOT / "policy/default.toml").read_text()
