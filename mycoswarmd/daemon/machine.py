@@ -24,6 +24,7 @@ from mycoswarmd.store.tasks import SqliteTaskStore
 
 # Below this, the queue may soon be refused by a full disk.
 _DISK_LOW_BYTES = 1 << 30
+_DISK_FULL_BYTES = 1 << 20  # less than a few receipts and tasks take
 # Signers say every six hours that they are there.
 _ROSTER_OLD_S = 3 * 86_400
 
@@ -185,6 +186,8 @@ class NodeMachine:
             problems.append(
                 f"receipts cannot be written, so nothing is answered: {self._receipts.problem.message}"
             )
+        if self._free_bytes() < _DISK_FULL_BYTES:
+            problems.append(f"the disk is full: nothing can be kept under {self._settings.state_dir}")
         if self._facts.capability().level is SandboxLevel.NONE:
             problems.append("no cage can be built here: tasks will be refused (mycoswarmctl doctor)")
         problems += [
@@ -246,8 +249,7 @@ class NodeMachine:
         )
 
     def _disk_check(self) -> dict[str, object]:
-        stat = os.statvfs(self._settings.state_dir)
-        free_bytes = stat.f_bavail * stat.f_frsize
+        free_bytes = self._free_bytes()
         detail = f"{free_bytes >> 20} MiB free under {self._settings.state_dir}"
         return _check(
             "disk",
@@ -255,6 +257,10 @@ class NodeMachine:
             detail=detail,
             fix="free some space, or move state_dir",
         )
+
+    def _free_bytes(self) -> int:
+        stat = os.statvfs(self._settings.state_dir)
+        return stat.f_bavail * stat.f_frsize
 
     def _engine_checks(self) -> list[dict[str, object]]:
         checks = []

@@ -179,6 +179,8 @@ class PolicyKeeper:
         self.problem = ""
 
     def _keep(self, data: bytes) -> None:
+        if self._is_kept(data):
+            return  # a full disk is no reason not to start again
         self._copies.mkdir(mode=0o700, parents=True, exist_ok=True)
         copy = self._copies / _copy_name(data)
         _write_durably(copy, data)
@@ -187,6 +189,13 @@ class PolicyKeeper:
         link.symlink_to(copy.name)
         link.replace(self._current)
         _sync_directory(self._copies)
+
+    def _is_kept(self, data: bytes) -> bool:
+        name = _copy_name(data)
+        try:
+            return self._current.readlink().name == name and read_safely(self._copies / name) == data
+        except (OSError, PolicyInvalid):
+            return False
 
     def _hold(self, data: bytes, checked: Checked) -> None:
         self.text = data.decode()

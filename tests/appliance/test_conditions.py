@@ -145,10 +145,11 @@ def test_a_full_disk_refuses_and_loses_nothing(node: Machine) -> None:
         refused = node.run(*argv, stdin="x" * 200_000, check=False)
         assert refused.code == 1 and "cannot" in refused.err, refused
         assert node.run("systemctl", "is-active", "mycoswarmd").out == "active\n"
-        node.run("systemctl", "kill", "--signal=KILL", "mycoswarmd")
-        wait_ready(node)
         assert "the disk is full" in ctl(node, "status").out
+        node.run("systemctl", "kill", "--signal=KILL", "mycoswarmd")
+        node.wait_until("mycoswarmctl status 2>&1 | grep 'disk is full'", within_s=20)
         node.sh(f"rm {STATE}/filler")
+        wait_ready(node)
         assert "the disk is full" not in ctl(node, "status").out
         assert ctl_json(node, "task", before)["task"]["state"] == "succeeded"
         node.wait_until("mycoswarmctl submit --model agent 'there is room again' > /tmp/again")

@@ -255,6 +255,19 @@ def test_a_copy_that_cannot_be_kept_changes_nothing(tmp_path: Path) -> None:
     assert keeper.policy.name == "good"
 
 
+def test_a_copy_that_is_there_is_not_written_again_and_a_damaged_one_is(tmp_path: Path) -> None:
+    """On a full disk the node starts again all the same."""
+    path = write(tmp_path / "policy.toml", GOOD)
+    keep(path)
+    current = tmp_path / "state" / "policy" / "current"
+    before = current.stat().st_ino
+    keep(path)
+    assert current.stat().st_ino == before
+    current.resolve().write_bytes(GOOD[:-1])
+    assert keep(path).problem == ""
+    assert current.read_bytes() == GOOD
+
+
 def test_programs_are_those_of_the_system() -> None:
     found = resolve_program("cat")
     assert found is not None
