@@ -39,11 +39,13 @@ _WHY_NOT = _why_not()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep all tests of this directory in one process, and skip them where no machine can be booted.
+    """Keep tests that share machines in one process, and skip them where no machine can be booted.
 
     At collection, not in pytest_collection_modifyitems: xdist's hook of that name has read them by then.
     """
-    item.add_marker(pytest.mark.xdist_group("appliance"))
+    # Machines with a kernel of their own are shared with no other file, and take long.
+    is_apart = item.path.name == "test_virtual.py"
+    item.add_marker(pytest.mark.xdist_group("virtual" if is_apart else "appliance"))
     if _WHY_NOT is not None:
         item.add_marker(pytest.mark.skip(reason=_WHY_NOT))
 
