@@ -205,6 +205,11 @@ def _check_it_is_named_at_once(machine: Machine) -> None:
         assert failed.code == 4 and took_s < 5, (took_s, failed)  # two cores do a lot at once here
         assert "does not start" in failed.err and SETTINGS in failed.err, failed
         assert "systemctl status mycoswarmd" in failed.err, failed
+    asked_s = time.monotonic()
+    looked = ctl(machine, "doctor", check=False)
+    assert looked.code == 1 and time.monotonic() - asked_s < 15, looked
+    assert "does not start" in looked.out and SETTINGS in looked.out, looked
+    assert "systemctl restart" not in looked.out, looked  # which helps nothing here
     machine.wait_until(f"systemctl status mycoswarmd | grep -q 'Status: .cannot.*{SETTINGS}'", within_s=10)
     found = machine.run("journalctl", "-b", "-o", "json", f"MESSAGE_ID={EVENTS['cannot-run']}", "-n", "1").out
     entry = json.loads(found)
