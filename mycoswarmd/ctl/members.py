@@ -228,7 +228,7 @@ def fetch(session: Session, *, here: bool = False) -> Doc:
         raise Conflict(
             "no-swarm",
             "cannot do this: this node is in no swarm",
-            hint="mycoswarmctl init begins one, mycoswarmctl enroll joins one",
+            hint="mycoswarmctl init --name home begins one, mycoswarmctl enroll joins one",
         )
     return answer
 

@@ -231,7 +231,7 @@ class Service:
             self._system("systemctl", "enable", "--quiet", *_started(share))
             self._system("systemctl", "restart", *_started(share))
         self._session.aside(
-            "the node is installed; next: sudo mycoswarmctl init (first machine), or enroll CODE"
+            "the node is installed; next: sudo mycoswarmctl init --name home (first machine), or enroll"
         )
 
     def uninstall(self, share: Path) -> None:

@@ -212,7 +212,7 @@ class SwarmRoster:
             raise Conflict(
                 "no-swarm",
                 "cannot do this: this node is in no swarm",
-                hint="mycoswarmctl init begins one, mycoswarmctl enroll joins one",
+                hint="mycoswarmctl init --name home begins one, mycoswarmctl enroll joins one",
             )
         return self._set
 
