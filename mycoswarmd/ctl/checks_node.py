@@ -7,6 +7,7 @@ answers, which are read here too; an answer that this version does not know is l
 import importlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,16 @@ UNITS = (
     "mycoswarm-probe@.service",
     "mycoswarm-signer.socket",
     "mycoswarm-signer@.service",
+    "run-mycoswarm\\x2dengine.mount",
 )
+# Where lines are put that change units: drop-ins of a unit, of a family of units, and of all services.
+_CHANGING_PLACES = (
+    *("/etc/systemd/system.control", "/run/systemd/system.control", "/run/systemd/transient"),
+    *("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system"),
+)
+_CHANGED = ("mycoswarm", "run-mycoswarm", "service.d")
+# What the node brings for who wants it is, unchanged, no change that a person must look at.
+_SHIPPED = ("/usr/share/mycoswarmd/engine-gpu.conf", "/opt/mycoswarm/share/engine-gpu.conf")
 _UNIT_PLACES = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
 _DISK_LOW_BYTES, _DISK_FULL_BYTES = 1 << 30, 64 << 20
 _INODES_LOW = 1000
@@ -171,6 +181,31 @@ def units(box: Box) -> Iterator[Finding]:
         yield _broken("units", f"Units of the node are missing: {', '.join(missing)}.", fix)
     if not masked and not missing:
         yield from _enabled(box)
+    if changes := _changes(box):
+        detail = f"The node's units are not as they came: they are changed by {', '.join(changes)}."
+        fix = f"cat {shlex.join(str(box.at(path)) for path in changes)}"
+        yield Finding(name="changed units", severity=Severity.NOTE, detail=detail, fix=fix)
+
+
+def _changes(box: Box) -> list[str]:
+    """Return the files that change what units of the node say, wherever systemd takes them from."""
+    shipped = {text for path in _SHIPPED if (text := box.read(path)) is not None}
+    drop_ins = [
+        f"{place}/{folder}/{name}"
+        for place in _CHANGING_PLACES
+        for folder in box.names(place)
+        if folder.startswith(_CHANGED) and folder.endswith(".d")
+        for name in box.names(f"{place}/{folder}")
+        if name.endswith(".conf")
+    ]
+    first, *others = _UNIT_PLACES
+    replaced = [
+        f"{first}/{name}"
+        for name in UNITS
+        if box.has(f"{first}/{name}") and any(box.has(f"{place}/{name}") for place in others)
+        if box.link(f"{first}/{name}") != "/dev/null"
+    ]
+    return [path for path in drop_ins if box.read(path) not in shipped] + replaced
 
 
 def _enabled(box: Box) -> Iterator[Finding]:
@@ -398,7 +433,9 @@ def proofs(answer: Doc, *, has_memory_limits: bool) -> Iterator[Finding]:
         ]
         name = f"confinement: {proof.unit.value}"
         if not weak:
-            yield Finding(name=name, severity=Severity.OK, detail="The unit proved that it is confined.")
+            held = sum(check.ok is True for check in proof.checks)
+            detail = f"The unit proved {held} things of its confinement."
+            yield Finding(name=name, severity=Severity.OK, detail=detail)
             continue
         said = "; ".join(f"{check.name.value}{': ' + check.detail if check.detail else ''}" for check in weak)
         is_refuted = any(check.ok is False for check in weak)

@@ -186,7 +186,7 @@ def changed(machine: Machine) -> Iterator[Machine]:
         machine.sh(f"rm -r {Path(place).parent}; systemctl daemon-reload; systemctl restart mycoswarm-lan")
 
 
-def test_the_node_says_so(changed: Machine) -> None:
+def test_the_node_and_doctor_say_so(changed: Machine) -> None:
     wait_ready(changed)
     changed.run("sleep", "2.1")  # so long a proof is fresh
     shown = ctl_json(changed, "status", "--security")
@@ -195,3 +195,6 @@ def test_the_node_says_so(changed: Machine) -> None:
     assert weak == {"user", "calls", "canary"}, proof
     status = ctl(changed, "status").out
     assert all(f"unit lan is weak: {name}: " in status for name in weak), status
+    for user in (None, "nobody"):
+        told = changed.run("mycoswarmctl", "doctor", check=False, user=user).out
+        assert "mycoswarm-lan.service.d/of-a-forum.conf" in told, told

@@ -24,6 +24,7 @@ UNITS = (
     "mycoswarm-probe@.service",
     "mycoswarm-signer.socket",
     "mycoswarm-signer@.service",
+    "run-mycoswarm\\x2dengine.mount",
 )
 # Raspberry Pi OS of 2025 (trixie) on a Pi 4, as its firmware and kernel say it.
 PI_CMDLINE = (

@@ -333,8 +333,41 @@ def test_each_finding_is_one_sentence_and_one_command(tmp_path: Path) -> None:
 def test_the_units_that_are_looked_for_are_those_of_the_package() -> None:
     units = Path(__file__).parents[3] / "systemd"
     assert set(checks_node.UNITS) == {
-        one.name for one in units.iterdir() if one.suffix in {".service", ".socket"}
+        *(one.name for one in units.iterdir() if one.suffix in {".service", ".socket"}),
+        "run-mycoswarm\\x2dengine.mount",
     }
+
+
+LAN = "mycoswarm-lan.service"
+
+
+@pytest.mark.parametrize(
+    ("path", "is_said"),
+    [
+        (f"/etc/systemd/system/{LAN}.d/of-a-forum.conf", True),
+        (f"/etc/systemd/system/{LAN}.d/of-a-forum.conf.off", False),
+        (f"/run/systemd/system/{LAN}.d/x.conf", True),
+        (f"/etc/systemd/system.control/{LAN}.d/50-CPUQuota.conf", True),
+        ("/usr/local/lib/systemd/system/mycoswarm-.service.d/x.conf", True),
+        ("/etc/systemd/system/service.d/x.conf", True),
+        (f"/etc/systemd/system/{LAN}", True),
+        ("/etc/systemd/system/ollama.service.d/x.conf", False),
+        ("/etc/systemd/system/mycoswarm-engine@.service.d/gpu.conf", False),  # as it was brought
+    ],
+)
+def test_a_unit_that_was_changed_is_named(tmp_path: Path, path: str, is_said: bool) -> None:
+    tree = debian13(tmp_path)
+    for place in ("/usr/share/mycoswarmd/engine-gpu.conf", "/opt/mycoswarm/share/engine-gpu.conf"):
+        gpu = f"[Service]\n# {place}\n"
+        own = gpu if path.endswith("gpu.conf") else "[Service]\nUser=root\n"
+        tree.put({place: gpu, path: own})
+        found = findings(tree).get("changed units")
+        assert (found is not None) is is_said
+        if found is not None:
+            assert found.severity is NOTE and path in found.detail and path in found.fix
+    if path.endswith("gpu.conf"):
+        tree.put({path: "[Service]\nPrivateNetwork=no\n"})
+        assert path in findings(tree)["changed units"].detail
 
 
 # --- cures ---------------------------------------------------------------------------------------
