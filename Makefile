@@ -50,12 +50,12 @@ $(RUNTIME_STAMP): pyproject.toml packaging/lock.txt packaging/install-packages
 	@$(BIN)/pip install --quiet --progress-bar on --editable .
 	@touch $@
 
-$(STAMP): pyproject.toml packaging/lock.txt packaging/install-packages
+$(STAMP): pyproject.toml packaging/lock.txt packaging/lock-dev.txt packaging/install-packages
 	@packaging/install-packages $(TEST_PACKAGES)
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
-	@$(BIN)/pip install --quiet --require-hashes --requirement packaging/lock.txt
-	@$(BIN)/pip install --quiet --editable . --group dev
+	@$(BIN)/pip install --quiet --require-hashes --requirement packaging/lock.txt --requirement packaging/lock-dev.txt
+	@$(BIN)/pip install --quiet --editable .
 	@touch $@ $(RUNTIME_STAMP)
 
 clean:  ## remove what the targets made
@@ -74,10 +74,13 @@ sbom: $(RUNTIME_STAMP)  ## write what the product is made of (CycloneDX) into bu
 
 .PHONY: sbom
 
-lock:  ## write the newest libraries that fit, with their hashes, into packaging/lock.txt
+UV_COMPILE = build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
+	--no-header --no-annotate
+
+lock:  ## write the newest libraries that fit, with their hashes, into packaging/lock.txt and lock-dev.txt
 	@$(PYTHON) -m venv build/lock
 	@build/lock/bin/pip install --quiet uv
-	@build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes --no-header \
-	  --no-annotate --output-file packaging/lock.txt pyproject.toml
+	@$(UV_COMPILE) --output-file packaging/lock.txt pyproject.toml
+	@$(UV_COMPILE) --output-file packaging/lock-dev.txt --constraint packaging/lock.txt --group dev
 
 .PHONY: lock

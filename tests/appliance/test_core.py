@@ -55,7 +55,7 @@ def test_a_reload_is_told_to_systemd_and_a_broken_policy_stops_nothing(fresh: Fr
     policy = machine.run("cat", "/etc/mycoswarm/policy.toml").out
     machine.write("/etc/mycoswarm/policy.toml", "schema = nonsense")
     try:
-        machine.run("systemctl", "reload", "mycoswarmd")
+        assert machine.run("systemctl", "reload", "mycoswarmd", check=False).code == 1
         machine.wait_until(f"[ $(journalctl -o cat MESSAGE_ID={BROKEN} | wc -l) -gt {before[1]} ]")
     finally:
         machine.write("/etc/mycoswarm/policy.toml", policy)
