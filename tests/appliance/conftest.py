@@ -73,7 +73,9 @@ def appliance_lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     """A switch without machines."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         apart = [item.nodeid for item in request.session.items if "appliance/" in item.nodeid]
-        assert all("@" in name for name in apart), "pytest-xdist does not group: machines would be shared by nobody"
+        assert all("@" in name for name in apart), (
+            "pytest-xdist does not group: machines would be shared by nobody"
+        )
     with lab() as opened:
         yield opened
 
