@@ -6,6 +6,7 @@ that `status` shows: reading and answering go on without it.
 """
 
 import logging
+from contextlib import suppress
 
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.errors import MycoswarmError
@@ -50,6 +51,11 @@ class PatientSigner:
     def create(self) -> bytes:
         """Make the key if there is none, and return its public half; Unavailable without the unit."""
         return self._unit.create()
+
+    def wake(self) -> None:
+        """Have the unit started; whoever signs then learns why it was not."""
+        with suppress(MycoswarmError):
+            self._unit.wake()
 
     def sign(self, message: bytes) -> bytes:
         """Sign; Unavailable without the unit."""

@@ -92,6 +92,7 @@ class Swarm(SwarmExchange):
         """
         node_id = self._read_cert(cert_der).node_id
         async with self._lock:
+            await self._wake_signer()
             self.require_signer()
             known = self.member(node_id)
             if known is not None and known.role.value == role:
@@ -127,6 +128,7 @@ class Swarm(SwarmExchange):
         made a signer again. Where all rests on the stolen one, a person must look at who is left.
         """
         async with self._lock:
+            await self._wake_signer()
             member = self.find(text)
             keys = self._keys_of(member.id)
             if member.is_signer:
@@ -156,6 +158,7 @@ class Swarm(SwarmExchange):
             is_me = member.id == self.self_id
             key = self.make_signer_key() if is_me else await self.ask_signer_key(member.id)
             async with self._lock:
+                await self._wake_signer()
                 others = [one for one in self._keys_of(member.id) if one != key]
                 removals = self._removals(others)
                 statement = self._new(Kind.ADD_SIGNER, key=key, node=member.id)
@@ -175,6 +178,7 @@ class Swarm(SwarmExchange):
         Returns whose it was, or None where that is no member.
         """
         async with self._lock:
+            await self._wake_signer()
             member, keys = self._signer_of(text)
             self._check_signers_left(text, keys)
             removals = self._removals(keys)

@@ -107,6 +107,7 @@ class SwarmExchange(SwarmRoster):
     async def _try_beacon(self) -> None:
         """Sign a beacon; that the disk is full or the signer away is no reason to stop anything else."""
         try:
+            await self._wake_signer()
             await self._beacon()
         except (StoreError, Unavailable) as exc:
             log.warning("no beacon was signed: %s", exc.message)

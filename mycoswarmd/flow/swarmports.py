@@ -81,6 +81,10 @@ class Signer(Protocol):
         """Make the key if there is none, durably, and return its public half."""
         ...
 
+    def wake(self) -> None:
+        """Wait, in a thread, until a signature takes no time; that there will be none is said by `sign`."""
+        ...
+
     def sign(self, message: bytes) -> bytes:
         """Sign; raise NotFound("not-a-signer") where there is no key."""
         ...

@@ -166,6 +166,11 @@ class SwarmRoster:
         roster, key = self.roster, self._signer.public_key()
         return roster is not None and key is not None and roster.signers.get(key.hex()) == self.self_id
 
+    async def _wake_signer(self) -> None:
+        """Have who holds the key ready to sign, so that a signature does not stop everything else."""
+        if self.is_signer():
+            await asyncio.to_thread(self._signer.wake)
+
     def member(self, node_id: str) -> Member | None:
         """Return a live member."""
         roster = self.roster

@@ -56,6 +56,9 @@ class FileSigner:
             self._seed = seed
         return public_key(seed)
 
+    def wake(self) -> None:
+        """Do nothing: the key is at hand."""
+
     def sign(self, message: bytes) -> bytes:
         """Sign; raise NotFound("not-a-signer") where there is no key."""
         seed = self._load()
@@ -107,6 +110,10 @@ class UnitSigner:
             raise _garbage()
         self._learn(public)
         return public
+
+    def wake(self) -> None:
+        """Have the unit started, where it has ended; raise what the next call would."""
+        self._ask(Request(Do.PUBLIC))
 
     def sign(self, message: bytes) -> bytes:
         """Sign; raise NotFound("not-a-signer") where there is no key."""

@@ -1,5 +1,6 @@
 """The signer's unit: it signs statements and beacons for the node, and nobody gets its key."""
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -11,10 +12,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -597,6 +599,39 @@ async def test_a_swarm_lives_with_a_signer_that_comes_and_goes(tmp_path: Path) -
         finally:
             node.close()
             manager.end()
+
+
+@pytest.mark.parametrize("what", ["admit", "revoke", "add_signer", "remove_signer", "beacon"])
+async def test_a_signer_that_starts_slowly_holds_nothing_else_up(tmp_path: Path, what: str) -> None:
+    """Its unit starts only when the rest of the node has gone on."""
+    with place() as top:
+        go = top / "go"
+        go.touch()
+        wait = f'until [ -e {go} ]; do sleep 0.02; done; exec "$@"'
+        argv = ["/bin/sh", "-c", wait, "-", *PROGRAM, "--state", str(top / "state")]
+        with unit(top, argv, within_s=3) as (node, manager):
+            async with machine(tmp_path / "alpha") as one:
+                one.swarm._signer = node
+                await one.begin()
+                await one.admit(key("pi"), "pi")
+                signing_key = public_key(make_seed()).hex()
+                one.swarm.ask_signer_key = AsyncMock(return_value=signing_key)
+                await one.swarm.add_signer("pi")
+                acts: dict[str, Callable[[], Awaitable[object]]] = {
+                    "admit": lambda: one.admit(key("pc"), "pc"),
+                    "revoke": lambda: one.swarm.revoke("pi", ""),
+                    "add_signer": lambda: one.swarm.add_signer("pi"),
+                    "remove_signer": lambda: one.swarm.remove_signer("pi"),
+                    "beacon": one.swarm._try_beacon,
+                }
+                node.close()
+                go.unlink()
+                act = asyncio.ensure_future(acts[what]())
+                await asyncio.sleep(0.1)
+                assert not act.done()
+                go.touch()
+                await act
+                assert len(manager.programs) == 2
 
 
 # The program as the unit's user, and the node as its own; both load all they need as root.
