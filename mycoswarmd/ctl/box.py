@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +158,25 @@ class Box:
                 "&& sudo reboot"
             )
         return f"add {argument} to the kernel's command line in the boot loader, and restart"
+
+    def without_kernel_arguments(self, *arguments: str) -> str:
+        """Return the command that takes arguments out of the kernel's command line for the next start."""
+        directory = "/etc/default/grub.d"
+        files = [*(f"{directory}/{name}" for name in self.names(directory) if name.endswith(".cfg"))]
+        grub = [path for path in ("/etc/default/grub", *files) if self._names_any(path, arguments)]
+        place = self.pi_cmdline()
+        edited = [place] if place and self._names_any(place, arguments) else grub
+        if not edited:
+            return (
+                f"take {' '.join(arguments)} out of the kernel's command line in the boot loader, and restart"
+            )
+        words = "|".join(re.escape(argument) for argument in arguments)
+        edit = f"sudo sed -i -E 's/ ?({words})//g' {' '.join(edited)}"
+        return f"{edit} && {'' if place in edited else 'sudo update-grub && '}sudo reboot"
+
+    def _names_any(self, path: str, arguments: Iterable[str]) -> bool:
+        text = self.read(path) or ""
+        return any(argument in text for argument in arguments)
 
 
 def this_box() -> Box:

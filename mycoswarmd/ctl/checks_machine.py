@@ -4,6 +4,7 @@ Each check is a function of the machine; what it cannot tell, it does not say.
 Sources: cgroups(7), landlock(7), systemd.unit(5), logind.conf(5); pi-gen#917 for the Pi's memory controller.
 """
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -15,6 +16,11 @@ _DAY_S = 86_400
 _NVIDIA, _AMD = "0x10de", "0x1002"
 # SMBIOS 3.6, table 17: portable, laptop, notebook, sub notebook, tablet, convertible, detachable.
 _PORTABLE = {"8", "9", "10", "14", "30", "31", "32"}
+# What may ask systemd for the old control groups; the last is needed since systemd 256.
+_OLD_GROUPS = re.compile(
+    r"(systemd\.unified_cgroup_hierarchy|systemd\.legacy_systemd_cgroup_controller"
+    r"|SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE)(=\w*)?"
+)
 _APPARMOR_RULE = "abi <abi/4.0>,\\nprofile mycoswarm-bwrap /usr/bin/bwrap flags=(unconfined) { userns, }\\n"
 _APPARMOR_FIX = (
     f"printf '{_APPARMOR_RULE}' | sudo tee /etc/apparmor.d/mycoswarm-bwrap"
@@ -77,10 +83,15 @@ def cgroups(box: Box) -> Iterator[Finding]:
             or box.has("/sys/fs/cgroup/memory")
             or box.has("/sys/fs/cgroup/systemd")
         ):
+            # What asks for them has to go: the boot loader's own words may stand behind what is added.
+            words = (box.read("/proc/cmdline") or "").split()
+            asking = [word for word in words if _OLD_GROUPS.fullmatch(word)]
             yield _weak(
                 "cgroups",
                 "The old control groups are in use: address filters of units silently do nothing here.",
-                box.kernel_argument("systemd.unified_cgroup_hierarchy=1"),
+                box.without_kernel_arguments(*asking)
+                if asking
+                else box.kernel_argument("systemd.unified_cgroup_hierarchy=1"),
             )
         return
     yield _ok("cgroups", "Control groups are version 2.")

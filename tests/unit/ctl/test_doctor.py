@@ -396,6 +396,48 @@ def test_the_pis_cure_cures_after_a_restart(tmp_path: Path) -> None:
     assert set(bad(tree)) == {"landlock"}
 
 
+OLD_GROUPS = (
+    "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=yes"
+    " SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"
+)
+
+
+def test_old_control_groups_are_cured_where_they_are_asked_for(tmp_path: Path) -> None:
+    # GRUB puts this variable last, and the last word counts: adding another before it would be no cure.
+    tree = debian13(tmp_path)
+    hybrid(tree)
+    tree.put(
+        {
+            "/proc/cmdline": f"BOOT_IMAGE=/boot/vmlinuz root=UUID=0 ro {OLD_GROUPS} quiet\n",
+            "/etc/default/grub": f'GRUB_CMDLINE_LINUX_DEFAULT="{OLD_GROUPS} quiet"\nGRUB_CMDLINE_LINUX=""\n',
+            "/etc/default/grub.d/other.cfg": 'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX nosmt"\n',
+        }
+    )
+    fix = findings(tree)["cgroups"].fix
+    assert "other.cfg" not in fix and fix.endswith(" && sudo update-grub && sudo reboot")
+    cure(tree, fix)
+    assert (tmp_path / "etc/default/grub").read_text().splitlines()[0].split() == [
+        'GRUB_CMDLINE_LINUX_DEFAULT="',
+        'quiet"',
+    ]
+
+
+def test_old_control_groups_of_a_pi_are_cured(tmp_path: Path) -> None:
+    tree = pi(tmp_path)
+    hybrid(tree)
+    line = f"{PI_CMDLINE.strip()} {OLD_GROUPS}\n"
+    tree.put({"/boot/firmware/cmdline.txt": line, "/proc/cmdline": line})
+    cure(tree, findings(tree)["cgroups"].fix)
+    assert (tmp_path / "boot/firmware/cmdline.txt").read_text() == f"{PI_CMDLINE.strip()}\n"
+
+
+def test_old_control_groups_that_another_boot_loader_asks_for_are_named(tmp_path: Path) -> None:
+    tree = debian13(tmp_path)
+    hybrid(tree)
+    tree.put({"/proc/cmdline": f"root=UUID=0 {OLD_GROUPS}\n"})
+    assert f"take {OLD_GROUPS} out of" in findings(tree)["cgroups"].fix
+
+
 @pytest.mark.parametrize("name", ["a laptop", "a policy for all to write", "no landlock"])
 def test_a_cure_cures(tmp_path: Path, name: str) -> None:
     change, expected, _ = CASES[name]
