@@ -1,7 +1,7 @@
 """Machines with kernels of their own: real limits, wrong clocks, power that goes, kernels that lack much.
 
 What is shown here is what containers cannot show (machines.py); how such a machine is made is said in
-virtual.py. Boots are dear where they are emulated, so each machine is asked much.
+virtual.py. Boots are dear where they are emulated, so each machine is asked much, and in this order.
 """
 
 import json
@@ -20,11 +20,13 @@ from tests.appliance.nodes import (
     POLICY,
     ROOT,
     SETTINGS,
+    STATE,
     ctl,
     ctl_json,
     wait_ready,
     wait_task,
 )
+from tests.appliance.test_plug import ENDS, POSTER, check_all_ended_once
 from tests.appliance.virtual import Disk, VirtualMachine, kernel, why_not
 
 pytestmark = [
@@ -41,13 +43,112 @@ for _ in range(4):
         time.sleep(600)
 time.sleep(600)
 """
+# More of itself than there may be, for ever, and each of them takes as much of a processor as it gets.
+BOMB = """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
 FINISH = ("finish", {"summary": "done"})
 # A word of the prompt, and what an agent does then; see virtual_engine.py.
 CALLS = {
+    "bomb": [("run", {"program": "python3", "args": ["-c", BOMB]}), FINISH],
     "hog": [("run", {"program": "python3", "args": ["-c", HOG]}), FINISH],
+    "number": [FINISH],
     "steady": [FINISH],
     "task": [FINISH],
 }
+TASKS_MAX = 72  # of a cage; an agent has no more than 66 for itself and what it starts
+# Gives the cage with a bomb in it other bounds, if so told; says how far it comes within those it has.
+MEASURE = """
+import glob, json, resource, subprocess, sys, time
+def value(name, key=None):
+    text = open(f"{group}/{name}").read()
+    return int(text if key is None else dict(row.split() for row in text.splitlines())[key])
+give_up = time.monotonic() + 200
+group = None
+while group is None:
+    assert time.monotonic() < give_up
+    time.sleep(0.1)
+    for group in glob.glob("/sys/fs/cgroup/system.slice/system-mycoswarm*task.slice/*@*.service"):
+        if value("pids.current") > 20:
+            break
+    else:
+        group = None
+if sys.argv[1:]:
+    # Not those that the agent has set for itself and what it starts.
+    for pid in open(f"{group}/cgroup.procs").read().split():
+        resource.prlimit(int(pid), resource.RLIMIT_NPROC, (4096, 4096))
+if sys.argv[2:]:
+    unit = group.rpartition("/")[2]
+    subprocess.run(["systemctl", "set-property", "--runtime", unit, *sys.argv[2:]], check=True)
+most, since = 0, time.monotonic()
+while time.monotonic() < since + 2:
+    if value("pids.current") > most:
+        most, since = value("pids.current"), time.monotonic()
+    time.sleep(0.1)
+refused = value("pids.events", "max")
+began, used = time.monotonic(), value("cpu.stat", "usage_usec")
+time.sleep(3)
+used = (value("cpu.stat", "usage_usec") - used) / 1e6 / (time.monotonic() - began)
+refused = value("pids.events", "max") - refused
+print(json.dumps({"processes": value("pids.current"), "refused": refused > 0, "processors": used}))
+"""
+# The core, which takes more memory than it may have when /etc/balloon is touched, and gives it back when
+# that is gone. What is started afterwards is as it should be.
+BALLOON = """
+import os, runpy, threading, time
+born = time.time()
+def breathe():
+    held = []
+    while True:
+        time.sleep(0.1)
+        try:
+            is_wanted = os.stat("/etc/balloon").st_mtime > born
+        except FileNotFoundError:
+            is_wanted = False
+        if not is_wanted:
+            held.clear()
+        elif not held:
+            for _ in range(17):
+                held.append(bytearray(b"x") * (64 << 20))
+threading.Thread(target=breathe, daemon=True).start()
+runpy.run_path("/usr/sbin/mycoswarmd", run_name="__main__")
+"""
+BALLOON_UNIT = """[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -I /usr/local/lib/balloon.py run --appliance
+"""
+CORE_BYTES_MAX = 1 << 30
+# What runs beside the core and has to go on, whatever becomes of it.
+BESIDE = ("mycoswarm-lan", "fake-engine", "dbus", "systemd-journald", "systemd-logind")
+# Says the number of each row that it has put into a database of the kind of the node's, but not made sure.
+UNSURE = """
+import itertools, sqlite3, time
+rows = sqlite3.connect("/var/lib/unsure.db", isolation_level=None)
+rows.execute("pragma journal_mode = wal")
+rows.execute("pragma synchronous = off")
+rows.execute("create table said (number)")
+for number in itertools.count():
+    rows.execute("insert into said values (?)", (number,))
+    print(number, flush=True)
+    time.sleep(0.05)
+"""
+COUNT = """
+import sqlite3
+try:
+    print(*sqlite3.connect("/var/lib/unsure.db").execute("select count(*) from said").fetchone())
+except sqlite3.Error:
+    print(0)
+"""
+INTEGRITY = f"""
+import sqlite3
+print(*sqlite3.connect("{STATE}/mycoswarm.db").execute("pragma integrity_check"))
+"""
+OLD_GROUPS = ("systemd.legacy_systemd_cgroup_controller=yes", "systemd.unified_cgroup_hierarchy=0")
 ENGINE_UNIT = f"""[Service]
 WorkingDirectory=/opt/fake
 ExecStart=/usr/bin/python3 -m tests.appliance.virtual_engine {ENGINE_PORT}
@@ -63,6 +164,8 @@ def engine_files(settings: str) -> dict[str, str]:
         for path in ("tests/upstream.py", "tests/appliance/virtual_engine.py")
     }
     return files | {
+        "/opt/poster.py": POSTER,
+        "/opt/ends.py": ENDS,
         "/opt/fake/calls.json": json.dumps(CALLS),
         "/etc/systemd/system/fake-engine.service": ENGINE_UNIT,
         SETTINGS: settings + ENGINE_TABLE,
@@ -105,6 +208,18 @@ def virtual(lab: Lab, suite: str, name: str, *layers: Path) -> Iterator[VirtualM
     finally:
         machine.pull_plug()
         disk.close()
+
+
+def checks_of(machine: VirtualMachine, unit: str) -> dict[str, bool | None]:
+    """Return what a unit has proved of itself."""
+    proofs = ctl_json(machine, "status", "--security")["security"]["proofs"]
+    row = next(row for row in proofs if row["unit"] == unit)
+    return {str(check["name"]): check["ok"] for check in row["checks"]}
+
+
+def property_of(machine: VirtualMachine, name: str, *units: str) -> list[str]:
+    """Return a property of units, as systemd says it."""
+    return machine.run("systemctl", "show", "-P", name, *units).out.split()
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +269,117 @@ def test_a_task_that_takes_too_much_memory_ends_alone(debian12: VirtualMachine) 
     go_on(debian12)
     assert wait_task(debian12, steady)["state"] == "succeeded"
     ctl(debian12, "audit", "verify")
+
+
+def test_a_core_that_takes_too_much_memory_loses_nothing(debian12: VirtualMachine) -> None:
+    debian12.write("/usr/local/lib/balloon.py", BALLOON)
+    debian12.write("/run/systemd/system/mycoswarmd.service.d/balloon.conf", BALLOON_UNIT)
+    debian12.sh("systemctl daemon-reload; systemctl restart mycoswarmd")
+    wait_ready(debian12)
+    assert checks_of(debian12, "core")["memory"] and checks_of(debian12, "lan")["memory"]
+    tasks = [post(debian12, "steady") for _ in range(2)]
+    debian12.wait_until(f"mycoswarmctl task {tasks[0]} --json | grep -q '\"running\"'", within_s=60)
+    beside, core = (property_of(debian12, "MainPID", *units) for units in (BESIDE, ["mycoswarmd"]))
+    current = 'test "$(systemctl show -P MemoryCurrent mycoswarmd)"'
+
+    # The control: without the bound it is not a matter of life and death.
+    debian12.run("systemctl", "set-property", "--runtime", "mycoswarmd", "MemoryMax=infinity")
+    debian12.run("touch", "/etc/balloon")
+    debian12.wait_until(f"{current} -gt {CORE_BYTES_MAX + (32 << 20)}", within_s=60)
+    ctl(debian12, "status")
+    debian12.run("rm", "/etc/balloon")
+    debian12.wait_until(f"{current} -lt {CORE_BYTES_MAX // 2}", within_s=60)
+    assert property_of(debian12, "MainPID", "mycoswarmd") == core
+
+    debian12.sh(
+        "rm /run/systemd/system.control/mycoswarmd.service.d/50-MemoryMax.conf; systemctl daemon-reload"
+    )
+    bound = debian12.run("cat", "/sys/fs/cgroup/system.slice/mycoswarmd.service/memory.max").out
+    assert int(bound) == CORE_BYTES_MAX, bound
+    debian12.run("touch", "/etc/balloon")
+    debian12.wait_until("test $(systemctl show -P NRestarts mycoswarmd) = 1", within_s=60)
+    wait_ready(debian12)
+    assert "Failed with result 'oom-kill'" in debian12.journal("-u", "mycoswarmd")
+    kernel_said = debian12.journal("-k")
+    assert "oom_memcg=/system.slice/mycoswarmd.service" in kernel_said
+    assert "constraint=CONSTRAINT_NONE" not in kernel_said
+    assert property_of(debian12, "MainPID", *BESIDE) == beside and len(beside) == len(BESIDE)
+    go_on(debian12)
+    check_all_ended_once(debian12, tasks, within_s=90 * debian12.patience)
+
+
+def test_a_fork_bomb_in_a_cage_is_bounded_and_the_node_goes_on(debian12: VirtualMachine) -> None:
+    debian12.write("/root/measure.py", MEASURE)
+    bomb = post(debian12, "bomb")
+    bounded = json.loads(debian12.run("python3", "/root/measure.py").out)
+    assert 60 < bounded["processes"] <= TASKS_MAX and bounded["processors"] < 1.1, bounded
+    assert ctl(debian12, "ask", "--model", "ok", "hello").out == "Hello there\n"
+    # What stopped it is the agent's own bound; behind that is the unit's.
+    bounded = json.loads(debian12.run("python3", "/root/measure.py", "free").out)
+    assert bounded["processes"] == TASKS_MAX and bounded["refused"] and bounded["processors"] < 1.1, bounded
+    # The control: the same bomb, the unit's bounds wider.
+    more = ("TasksMax=100", "CPUQuota=200%")
+    wider = json.loads(debian12.run("python3", "/root/measure.py", "free", *more).out)
+    assert wider["processes"] == 100 and wider["processors"] > 1.4, wider
+    ctl(debian12, "cancel", bomb)
+    assert wait_task(debian12, bomb)["state"] == "cancelled"
+    debian12.wait_until("! pgrep -f '[o]s.fork()'")
+    ctl(debian12, "audit", "verify")
+
+
+def test_no_task_is_lost_with_the_power(debian12: VirtualMachine) -> None:
+    # What has always to be there: as much on this disk as the node may need.
+    before = {str(row["id"]): row["state"] for row in ctl_json(debian12, "tasks", "--limit", "1000")["tasks"]}
+    steady = post(debian12, "steady", agent="scribe")
+    with (
+        debian12.start("python3", "-c", UNSURE) as unsure,
+        debian12.start("mycoswarmctl", "ask", "--model", "slow", "hello") as prompt,
+        debian12.start("python3", "/opt/poster.py") as poster,
+    ):
+        poster.wait_said(5, 30 * debian12.patience)
+        unsure.wait_said(5, 30 * debian12.patience)
+        debian12.wait_until(f"mycoswarmctl task {steady} --json | grep -q '\"running\"'", within_s=60)
+        assert "w1 " in prompt.out and not prompt.is_over, prompt.out + prompt.err
+        debian12.pull_plug()
+    # The last line may be half of one.
+    acknowledged = [line for line in poster.out.split("\n")[:-1] if line.startswith("t-")]
+    assert len(acknowledged) >= 5, poster.out
+    debian12.plug_in(*OLD_GROUPS)
+    debian12.wait_booted()
+    # The control: it was the power that went, and not only the processes.
+    assert int(debian12.python(COUNT).out) < len(unsure.out.split("\n")[:-1])
+    wait_ready(debian12)
+    assert debian12.python(INTEGRITY).out == "('ok',)\n"
+    go_on(debian12)
+    states = check_all_ended_once(debian12, [steady, *acknowledged], within_s=120 * debian12.patience)
+    assert states | before == states
+
+
+def test_with_the_old_control_groups_the_node_says_what_does_not_hold(debian12: VirtualMachine) -> None:
+    if OLD_GROUPS[0] not in debian12.run("cat", "/proc/cmdline").out:
+        debian12.reboot(*OLD_GROUPS)
+        wait_ready(debian12)
+    check_old_groups_are_named(debian12, OLD_GROUPS)
+    # The core has no network of its own by other means, and so it starts.
+    assert checks_of(debian12, "core")["inet-socket"] is True
+    # Bounds of whole cages cannot be seen there, so a cage does not count as having any.
+    body = ctl_json(debian12, "status", "--security")
+    assert {"own-group", "memory-cgroup", "pids-cgroup", "cpu-cgroup"} <= set(
+        body["security"]["cages"]["absent"]
+    )
+    assert body["sandbox"]["level"] == "reduced"
+
+
+def check_old_groups_are_named(machine: VirtualMachine, words: tuple[str, ...]) -> None:
+    """The node says that address filters do nothing, and what to take out so that they do."""
+    assert checks_of(machine, "lan")["canary"] is False
+    body = ctl_json(machine, "status")
+    assert body["state"] != "green", body
+    assert any("IP filters do nothing" in line for line in body["problems"]), body
+    assert "unit lan is weak: canary" in machine.journal("-u", "mycoswarmd")
+    said = ctl(machine, "doctor", check=False).out
+    assert "address filters of units silently do nothing here" in said, said
+    assert all(word in said for word in words), said
 
 
 def test_a_root_that_can_only_be_read_is_named(bare: VirtualMachine) -> None:
@@ -207,9 +433,11 @@ def test_without_any_user_namespace_no_cage_is_built_and_prompts_go_on(bare: Vir
 
 
 def test_a_cage_on_the_newest_kernel_of_debian_lacks_nothing(bare: VirtualMachine) -> None:
-    bare.sh("mount -o remount,rw /; sync")
+    bare.sh("mount -o remount,rw /")
+    # Without what asked for the old control groups, as doctor says.
     bare.reboot()
     wait_ready(bare)
+    assert "The old control groups" not in ctl(bare, "doctor", check=False).out
     body = ctl_json(bare, "status", "--security")
     assert (body["sandbox"]["level"], body["security"]["cages"]["absent"]) == ("full", [])
     checks = {
