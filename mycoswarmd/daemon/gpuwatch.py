@@ -133,8 +133,7 @@ class GpuWatch:
             self.is_absent = isinstance(exc.__cause__, FileNotFoundError)
             return _unheard(exc.message)
         try:
-            async with asyncio.timeout(self._within_s):
-                return await self._hear(probe)
+            return await self._hear(probe)
         except TimeoutError:
             return _unheard(f"the probe said nothing for {self._within_s:g} s: the driver may hang")
         except CageError as exc:
@@ -147,14 +146,24 @@ class GpuWatch:
                     await probe.kill()
 
     async def _hear(self, probe: OutpostProcess) -> Gpus:
-        report = parse_report(await probe.read_line())
+        # It proves itself before it touches the driver: what is late by then is not the driver's doing.
+        try:
+            report = parse_report(await self._line(probe))
+        except TimeoutError:
+            return _unheard(
+                f"the probe did not start within {self._within_s:g} s: this machine is slow or busy"
+            )
         if isinstance(report, Proof):
             if report.unit is Unit.PROBE:  # nobody proves anything about others
                 self._proved(report)
-            report = parse_report(await probe.read_line())
+            report = parse_report(await self._line(probe))
         if isinstance(report, Proof):
             raise BadRequest("bad-request", "cannot accept a second proof")
         return report
+
+    async def _line(self, probe: OutpostProcess) -> bytes:
+        async with asyncio.timeout(self._within_s):
+            return await probe.read_line()
 
 
 def _unheard(why: str) -> Gpus:

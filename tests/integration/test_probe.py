@@ -44,6 +44,7 @@ TROUBLE = {
     "crashes": (program(PROOF, then="os.kill(os.getpid(), signal.SIGSEGV)"), "ended without an answer"),
     "ends": (program(), "ended without an answer"),
     "ends in a line": (program(PROOF, encode_report(ANSWER)[:-1]), "ended without an answer"),
+    "starts slowly": (program(then="time.sleep(60)"), "did not start within"),
     "hangs": (program(PROOF, then="time.sleep(60)"), "said nothing for"),
     "hangs for ever": (
         program(PROOF, then="signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32)); time.sleep(60)"),
