@@ -78,21 +78,7 @@ def cgroups(box: Box) -> Iterator[Finding]:
         return
     controllers = box.read("/sys/fs/cgroup/cgroup.controllers")
     if controllers is None:
-        if (
-            box.has("/sys/fs/cgroup/unified")
-            or box.has("/sys/fs/cgroup/memory")
-            or box.has("/sys/fs/cgroup/systemd")
-        ):
-            # What asks for them has to go: the boot loader's own words may stand behind what is added.
-            words = (box.read("/proc/cmdline") or "").split()
-            asking = [word for word in words if _OLD_GROUPS.fullmatch(word)]
-            yield _weak(
-                "cgroups",
-                "The old control groups are in use: address filters of units silently do nothing here.",
-                box.without_kernel_arguments(*asking)
-                if asking
-                else box.kernel_argument("systemd.unified_cgroup_hierarchy=1"),
-            )
+        yield from _old_groups(box)
         return
     yield _ok("cgroups", "Control groups are version 2.")
     for name, what in (("pids", "the number of processes"), ("cpu", "processor time")):
@@ -111,6 +97,23 @@ def cgroups(box: Box) -> Iterator[Finding]:
         yield _weak(
             "memory", "The kernel cannot limit memory: a task or an engine may take all of it.", memory_fix
         )
+
+
+def _old_groups(box: Box) -> Iterator[Finding]:
+    if box.has("/sys/fs/cgroup/unified"):
+        said = (
+            "The old control groups are in use beside the new ones: the bounds of a cage cannot be seen, and "
+            "address filters of units may do nothing (mycoswarmctl status --security shows whether)."
+        )
+    elif box.has("/sys/fs/cgroup/memory") or box.has("/sys/fs/cgroup/systemd"):
+        said = "The old control groups are in use: address filters of units silently do nothing here."
+    else:
+        return
+    # What asks for them has to go: the boot loader's own words may stand behind what is added.
+    words = (box.read("/proc/cmdline") or "").split()
+    asking = [word for word in words if _OLD_GROUPS.fullmatch(word)]
+    fix = box.kernel_argument("systemd.unified_cgroup_hierarchy=1")
+    yield _weak("cgroups", said, box.without_kernel_arguments(*asking) if asking else fix)
 
 
 def landlock(box: Box) -> Iterator[Finding]:

@@ -143,6 +143,11 @@ def hybrid(tree: Tree) -> None:
     tree.put({"/sys/fs/cgroup/memory/tasks": "", "/sys/fs/cgroup/unified/cgroup.controllers": ""})
 
 
+def legacy(tree: Tree) -> None:
+    (tree.root / "sys/fs/cgroup/cgroup.controllers").unlink()
+    tree.put({"/sys/fs/cgroup/memory/tasks": "", "/sys/fs/cgroup/systemd/tasks": ""})
+
+
 def no_driver(name: str | None) -> Change:
     def change(tree: Tree) -> None:
         link = tree.root / "sys/bus/pci/devices/0000:01:00.0/driver"
@@ -188,6 +193,7 @@ CASES: dict[str, tuple[Change, dict[str, Severity], str]] = {
     "a clock before its own past": (kept_time, {"clock": NOTE}, "timedatectl"),
     "no landlock": (no_landlock, {"landlock": WEAK}, "lsm=landlock,lockdown,yama,apparmor"),
     "hybrid cgroups": (hybrid, {"cgroups": WEAK}, "systemd.unified_cgroup_hierarchy=1"),
+    "old cgroups": (legacy, {"cgroups": WEAK}, "systemd.unified_cgroup_hierarchy=1"),
     "memory turned off": (
         lambda tree: tree.put({"/sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n"}),
         {"memory": WEAK},
@@ -420,6 +426,17 @@ def test_old_control_groups_are_cured_where_they_are_asked_for(tmp_path: Path) -
         'GRUB_CMDLINE_LINUX_DEFAULT="',
         'quiet"',
     ]
+
+
+def test_what_is_said_of_address_filters_depends_on_the_control_groups(tmp_path: Path) -> None:
+    # systemd attaches filters to the new ones, and to them alone.
+    for name, change, says in (
+        ("a", legacy, "filters of units silently do nothing"),
+        ("b", hybrid, "filters of units may do nothing"),
+    ):
+        tree = debian13(tmp_path / name)
+        change(tree)
+        assert says in findings(tree)["cgroups"].detail
 
 
 def test_old_control_groups_of_a_pi_are_cured(tmp_path: Path) -> None:
