@@ -261,6 +261,12 @@ class SystemdSession(Session):
 
     async def _kill(self) -> None:
         self._send_kill()
+        # In a task of its own: in one that is being cancelled, Python 3.11.2 takes the end of a timeout
+        # for one more cancellation.
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._see_end(), name="cage-end")
+
+    async def _see_end(self) -> None:
         try:
             async with asyncio.timeout(END_S):
                 await self._ended()

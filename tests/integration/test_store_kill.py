@@ -169,7 +169,7 @@ def test_killed_at_random_moments_nothing_acknowledged_is_lost(callers: int) -> 
                 lines = lines_of(first + process.stdout.read())
             acknowledged += len(lines)
             check(path, lines)
-    assert acknowledged > 50
+    assert acknowledged > 20
 
 
 def test_killed_again_and_again_in_one_directory_nothing_is_lost() -> None:
