@@ -6,6 +6,7 @@ Source: org.freedesktop.systemd1(5); systemctl(1).
 """
 
 import subprocess
+import time
 from pathlib import Path
 
 from mycoswarmd.ctl.place import SYSTEM_SOCKET
@@ -13,11 +14,15 @@ from mycoswarmd.errors import Unreachable
 
 _UNIT = "mycoswarmd.service"
 _SYSTEMCTL, _JOURNALCTL = "/usr/bin/systemctl", "/usr/bin/journalctl"
-_ASKED = ("LoadState", "ActiveState", "SubState", "Result", "NRestarts", "StatusText", "ExecMainStatus")
+_ASKED = (
+    *("LoadState", "ActiveState", "SubState", "Result", "NRestarts", "StatusText", "ExecMainStatus"),
+    "ActiveExitTimestampMonotonic",
+)
 _ANSWER_S = 5
 _TEXT_CHARS = 600
-# A node that was killed comes back in a second; one that is killed again and again does not.
-_MANY_RESTARTS = 3
+# A node that was killed comes back in a second or two; one that is killed again and again does not. Restarts
+# are counted since somebody started it, weeks maybe: they say nothing alone.
+_MANY_RESTARTS, _GONE_S = 3, 5
 LOOK = "systemctl status mycoswarmd; sudo journalctl -xeu mycoswarmd"
 
 
@@ -60,20 +65,32 @@ def stopped() -> Unreachable | None:
 def _is_failing(state: dict[str, str]) -> bool:
     if state.get("ActiveState") == "failed":
         return True
-    restarts = state.get("NRestarts", "")
-    many = restarts.isdigit() and int(restarts) >= _MANY_RESTARTS
-    return state.get("SubState", "").startswith("auto-restart") and (
-        many or state.get("Result") == "exit-code"
-    )
+    if not state.get("SubState", "").startswith("auto-restart"):
+        return False
+    if state.get("Result") == "exit-code" and (_error(state) or not state.get("StatusText")):
+        return True  # systemd forgets the text at each start: this one had not got so far as to say anything
+    gone_s = time.monotonic() - _number(state, "ActiveExitTimestampMonotonic") / 1e6
+    return _number(state, "NRestarts") >= _MANY_RESTARTS and gone_s > _GONE_S
 
 
 def _why(state: dict[str, str]) -> str:
-    """Return the service's own last word: what it told systemd, or if we may read it the end of its log."""
-    said = state.get("StatusText") or _ask(
-        _JOURNALCTL, "--quiet", "--boot", "--output=cat", "--lines=1", f"_SYSTEMD_UNIT={_UNIT}"
-    )
+    """Return why it ended: what it told systemd, or if we may read it the end of its log, or how it ended."""
+    said = _error(state)
+    if not said and state.get("Result") == "exit-code":
+        said = _ask(_JOURNALCTL, "--quiet", "--boot", "--output=cat", "--lines=1", f"_SYSTEMD_UNIT={_UNIT}")
     ended = f"it ended ({state.get('Result')}, status {state.get('ExecMainStatus')})"
     return " ".join(said.split())[:_TEXT_CHARS] or ended
+
+
+def _error(state: dict[str, str]) -> str:
+    """Return the service's last word where it is an error, and not what it said while all was well."""
+    said = state.get("StatusText", "")
+    return said if said.startswith("cannot ") else ""
+
+
+def _number(state: dict[str, str], name: str) -> int:
+    value = state.get(name, "")
+    return int(value) if value.isdigit() else 0
 
 
 def _state() -> dict[str, str]:
