@@ -8,6 +8,7 @@ authentication; to a stranger at the swarm's listener everything but its own few
 import asyncio
 import contextlib
 import errno
+import io
 import logging
 import os
 import socket
@@ -305,7 +306,7 @@ class Api:
                 if roster and route.path == SYNC_PATH:
                     await held.enter_async_context(self._turn_of(caller))
                 await held.enter_async_context(self._room_for(caller, route, request))
-            return await self._handled(route, names, caller, request, roster, line)
+            return await self._handled(held, route, names, caller, request, roster, line)
 
     def _room_for(
         self, caller: Caller, route: Route, request: BaseRequest
@@ -327,6 +328,7 @@ class Api:
 
     async def _handled(
         self,
+        held: contextlib.AsyncExitStack,
         route: Route,
         names: dict[str, str],
         caller: Caller,
@@ -348,7 +350,9 @@ class Api:
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
         if route.runs_to_its_end:
             # What changes something is not left half done when its caller goes away.
-            return await asyncio.shield(self._begun.create_task(_answered(route.handler(call), caller)))
+            return await asyncio.shield(
+                self._begun.create_task(_to_its_end(held.pop_all(), route, call, caller))
+            )
         return await route.handler(call)
 
     def _no_route(self, caller: Caller, request: BaseRequest) -> MycoswarmError:
@@ -422,6 +426,14 @@ async def _answered(
         return _refusal(MycoswarmError("internal-error", "cannot answer: an internal error, see the log"))
 
 
+async def _to_its_end(
+    held: contextlib.AsyncExitStack, route: Route, call: Call, caller: Caller
+) -> StreamResponse:
+    """Answer, and give back what is held for the body only then, whoever went away meanwhile."""
+    async with held:
+        return await _answered(route.handler(call), caller)
+
+
 async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
     """Read the body within the route's bound; refuse a larger one before reading it where it says so."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
@@ -429,12 +441,12 @@ async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
     length = request.content_length
     if length is not None and length > at_most_bytes:
         raise _too_large(at_most_bytes)
-    body = bytearray()
+    body = io.BytesIO()  # hands over what it holds without a copy
     try:
         async with asyncio.timeout(_BODY_S):
             async for piece in request.content.iter_any():
-                body += piece
-                if len(body) > at_most_bytes:
+                body.write(piece)
+                if body.tell() > at_most_bytes:
                     raise _too_large(at_most_bytes)
     except web.RequestPayloadError:
         raise BadRequest("bad-body", "cannot read the request: its body is malformed") from None
@@ -442,7 +454,7 @@ async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
         raise BadRequest(
             "slow-body", f"cannot read the request: no end after {_BODY_S:.0f} s", http_status=408
         ) from exc
-    return bytes(body)
+    return body.getvalue()
 
 
 def _check_parts(body: bytes, at_most: int) -> None:

@@ -97,7 +97,7 @@ async def _changes(source: OwnWord) -> bool:
 
 async def signer_key(call: Call) -> StreamResponse:
     """Make this node's signing key, once, and say its public half to a signer that will vouch for it."""
-    return json_answer({"key": desk_of(call).swarm.make_signer_key()})
+    return json_answer({"key": await desk_of(call).swarm.make_signer_key()})
 
 
 def _caller_at(call: Call, port: int) -> PeerAddress | None:

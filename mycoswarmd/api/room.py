@@ -1,8 +1,8 @@
 """How many bytes of bodies are in memory at once: bounded for each caller, and for all of them together.
 
-Law: room is taken before the first byte is read and given back when the request is answered, so that what
-callers send can never outgrow what the service may use. Who finds none waits, and is then told so. A body
-larger than a bound has it alone.
+Law: room is taken before the first byte is read and given back when the request is answered, also where
+its caller went away and the handler goes on, so that what callers send can never outgrow what the service
+may use. Who finds none waits, and is then told so. A body larger than a bound has it alone.
 """
 
 import asyncio

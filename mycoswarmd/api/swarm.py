@@ -174,7 +174,7 @@ async def rekey(call: Call) -> StreamResponse:
 async def recovery_draft(call: Call) -> StreamResponse:
     """Write what the recovery key has to sign to begin the roster anew."""
     body = call.json()
-    draft = desk_of(call).swarm.recovery_draft(_names(body, "without"), _names(body, "restore"))
+    draft = await desk_of(call).swarm.recovery_draft(_names(body, "without"), _names(body, "restore"))
     return json_answer(draft)
 
 

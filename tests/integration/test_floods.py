@@ -5,11 +5,15 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
+from aiohttp.web_response import StreamResponse
 
 from mycoswarmd.api import app
+from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
+from mycoswarmd.api.routes import ROUTES, SYNC_PATH
 from tests.integration.apis import API_KEY, Running, local_user, running_api
 
 pytestmark = pytest.mark.integration
@@ -104,3 +108,28 @@ async def test_bodies_of_one_program_take_so_much_memory_and_no_more(
         assert read == (2 if each_bytes == 16 << 20 else 5)
         async with local_user(node, uid=0) as owner:  # its bodies have room of their own
             assert (await owner.ask("POST", "/v1/chat/completions", {"model": "none"})).status in {400, 404}
+
+
+async def test_who_hangs_up_gets_no_room_back_while_the_body_is_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The handler goes on when its caller has gone away, and has the body for so long."""
+    body = b"x" * (200 << 10)
+    monkeypatch.setattr(app, "_ROOM_OF_CALLER_BYTES", 2 * len(body))
+    held, may_end = [], asyncio.Event()
+
+    async def slow(call: Call) -> StreamResponse:
+        held.append(len(call.untrusted_body))
+        await may_end.wait()
+        return json_answer({})
+
+    routes = [replace(route, handler=slow) if route.path == SYNC_PATH else route for route in ROUTES]
+    async with running_api(routes=routes) as node:
+        nina = await node.admit("nina")
+        for _ in range(4):
+            async with node.connected(nina) as one:
+                await one.send("POST", SYNC_PATH, body)
+                await asyncio.sleep(0.3)
+        assert held == [len(body)] * 2
+        may_end.set()
+        assert (await node.ask(nina, "POST", SYNC_PATH, body)).status == 200
