@@ -171,7 +171,7 @@ class Security:
             await self._ask()
             if self.signer is not None and self.signer.problem:
                 # A unit that was too slow when the machine started may answer by now.
-                await asyncio.to_thread(self.signer.public_key)
+                await asyncio.to_thread(self.signer.wake)
             await asyncio.sleep(_AGAIN_S if Unit.LAN not in self._unheard else _LAN_S)
 
     async def _keep_cages(self) -> None:

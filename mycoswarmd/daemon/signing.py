@@ -6,7 +6,6 @@ that `status` shows: reading and answering go on without it.
 """
 
 import logging
-from contextlib import suppress
 
 from mycoswarmd.daemon.settings import Settings
 from mycoswarmd.errors import MycoswarmError
@@ -34,28 +33,25 @@ class PatientSigner:
         self.problem = ""
 
     def public_key(self) -> bytes | None:
-        """Return the public half, or None: there is none, or nobody can say."""
-        try:
-            found = self._unit.public_key()
-        except MycoswarmError as exc:
-            if exc.code == _ABSENT:  # masked, perhaps: whoever wants no signer here
-                self.problem = ""
-                return None
-            if self.problem != exc.message:
-                log.error("nothing is signed: %s", exc, extra={"event": "unit-gone"})  # noqa: TRY400
-            self.problem = exc.message
-            return None
-        self.problem = ""
-        return found
+        """Return the public half, or None: there is none, or nobody has said yet."""
+        return self._unit.known_key
 
     def create(self) -> bytes:
         """Make the key if there is none, and return its public half; Unavailable without the unit."""
         return self._unit.create()
 
     def wake(self) -> None:
-        """Have the unit started; whoever signs then learns why it was not."""
-        with suppress(MycoswarmError):
+        """Have the unit started and hear what key it has; whoever signs without it learns why."""
+        try:
             self._unit.wake()
+        except MycoswarmError as exc:
+            if exc.code == _ABSENT:  # masked, perhaps: whoever wants no signer here
+                self.problem = ""
+            elif not self.problem:
+                log.error("nothing is signed: %s", exc, extra={"event": "unit-gone"})  # noqa: TRY400
+                self.problem = exc.message
+        else:
+            self.problem = ""
 
     def sign(self, message: bytes) -> bytes:
         """Sign; Unavailable without the unit."""

@@ -97,7 +97,7 @@ async def make_swarm(
     store = SqliteRosterStore(db)
     identities = IdentityFile(settings.state_dir / "identity")
     signer = make_signer(settings, clock)
-    await asyncio.to_thread(signer.public_key)  # what starts a unit does not hold up the loop
+    await asyncio.to_thread(signer.wake)  # what starts a unit does not hold up the loop
     swarm = Swarm(
         store=store,
         identities=identities,

@@ -25,7 +25,7 @@ from mycoswarmd.core.roster import (
     signed,
 )
 from mycoswarmd.core.types import Role
-from mycoswarmd.errors import BadRequest, Conflict, NotFound
+from mycoswarmd.errors import BadRequest, Conflict, NotFound, Unavailable
 from mycoswarmd.flow.swarmexchange import SwarmExchange
 from mycoswarmd.flow.swarmports import Identity
 from mycoswarmd.flow.swarmroster import MIN_PREFIX
@@ -156,7 +156,7 @@ class Swarm(SwarmExchange):
             if member.role is not Role.NODE or self.ask_signer_key is None:
                 raise Conflict("not-a-node", f"cannot make {member.name!r} a signer: only a node can sign")
             is_me = member.id == self.self_id
-            key = self.make_signer_key() if is_me else await self.ask_signer_key(member.id)
+            key = await (self.make_signer_key() if is_me else self.ask_signer_key(member.id))
             async with self._lock:
                 await self._wake_signer()
                 others = [one for one in self._keys_of(member.id) if one != key]
@@ -274,8 +274,10 @@ class Swarm(SwarmExchange):
                 hint="mycoswarmctl leave, then enroll again; or recover, which begins to count anew",
             )
 
-    def recovery_draft(self, without: Sequence[str], restore: Sequence[str]) -> dict[str, object]:
+    async def recovery_draft(self, without: Sequence[str], restore: Sequence[str]) -> dict[str, object]:
         """Return the body of a new epoch for the recovery key to sign, and whom it keeps and drops."""
+        self._require_roster()
+        key = await self.make_signer_key()
         roster, whole = self._require_roster(), self._whole()
         identity = self.identity
         assert identity is not None
@@ -285,7 +287,6 @@ class Swarm(SwarmExchange):
         back = {self._revoked_id(text) for text in restore} | {identity.node_id}
         kept = {node_id for node_id in roster.members if node_id not in out} | back
         keep = whole.admissions(kept)
-        key = self.make_signer_key()
         body = make_body(
             Kind.EPOCH,
             swarm=roster.swarm_id,
@@ -315,12 +316,13 @@ class Swarm(SwarmExchange):
         await self._spread()
         return {"epoch": self._require_roster().epoch}
 
-    def make_signer_key(self) -> str:
+    async def make_signer_key(self) -> str:
         """Make this node's signing key where there is none in use, and return its public half."""
+        await asyncio.to_thread(self._signer.wake)
         key = self._signer.public_key()
         if key is not None and self._set is not None and key.hex() in self._set.removed_keys():
-            self._signer.destroy()
-        return self._signer.create().hex()
+            await asyncio.to_thread(self._signer.destroy)
+        return (await asyncio.to_thread(self._signer.create)).hex()
 
     # --- helpers -----------------------------------------------------------------------------------
 
@@ -332,6 +334,12 @@ class Swarm(SwarmExchange):
     def require_signer(self) -> Roster:
         """Return the roster where this node may sign; Conflict("not-a-signer") says who may."""
         roster = self._require_roster()
+        if self.self_id in roster.signers.values() and self._signer.public_key() is None:
+            raise Unavailable(
+                "signer-unreachable",
+                "cannot sign this: the signing key of this node is out of reach",
+                hint="mycoswarmctl status says why",
+            )
         if not self.is_signer():
             holders = ", ".join(sorted(m.name for m in roster.members.values() if m.is_signer))
             raise Conflict(

@@ -114,7 +114,9 @@ class SwarmExchange(SwarmRoster):
 
     async def _beacon_if_older(self, than_s: float) -> None:
         key = self._signer.public_key()
-        heard_s = self._heard_at_s.get(key.hex()) if key is not None else None
+        if key is None:
+            return
+        heard_s = self._heard_at_s.get(key.hex())
         if heard_s is None or self._clock.boot_s() - heard_s >= than_s:
             await self._try_beacon()
 

@@ -74,7 +74,7 @@ class Signer(Protocol):
     """Holds this node's signing key, where it has one."""
 
     def public_key(self) -> bytes | None:
-        """Return the public half, or None: this node signs nothing."""
+        """Return the public half at once, or None: this node signs nothing, or nobody has said so yet."""
         ...
 
     def create(self) -> bytes:
@@ -82,7 +82,7 @@ class Signer(Protocol):
         ...
 
     def wake(self) -> None:
-        """Wait, in a thread, until a signature takes no time; that there will be none is said by `sign`."""
+        """Wait, in a thread, until the public half is known and a signature takes no time."""
         ...
 
     def sign(self, message: bytes) -> bytes:

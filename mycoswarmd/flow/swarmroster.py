@@ -168,7 +168,8 @@ class SwarmRoster:
 
     async def _wake_signer(self) -> None:
         """Have who holds the key ready to sign, so that a signature does not stop everything else."""
-        if self.is_signer():
+        roster = self.roster
+        if roster is not None and self.self_id in roster.signers.values():
             await asyncio.to_thread(self._signer.wake)
 
     def member(self, node_id: str) -> Member | None:

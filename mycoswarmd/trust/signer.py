@@ -57,7 +57,8 @@ class FileSigner:
         return public_key(seed)
 
     def wake(self) -> None:
-        """Do nothing: the key is at hand."""
+        """Read the key."""
+        self._load()
 
     def sign(self, message: bytes) -> bytes:
         """Sign; raise NotFound("not-a-signer") where there is no key."""
@@ -97,6 +98,11 @@ class UnitSigner:
         self._is_known = False
         self._public: bytes | None = None
 
+    @property
+    def known_key(self) -> bytes | None:
+        """The public half, where the unit has said it."""
+        return self._public if self._is_known else None
+
     def public_key(self) -> bytes | None:
         """Return the public half, or None: this node signs nothing; ConfigError for a key of no use."""
         if not self._is_known:
@@ -112,8 +118,8 @@ class UnitSigner:
         return public
 
     def wake(self) -> None:
-        """Have the unit started, where it has ended; raise what the next call would."""
-        self._ask(Request(Do.PUBLIC))
+        """Have the unit started, where it has ended, and learn the public half anew."""
+        self._learn(self._ask(Request(Do.PUBLIC)).public)
 
     def sign(self, message: bytes) -> bytes:
         """Sign; raise NotFound("not-a-signer") where there is no key."""

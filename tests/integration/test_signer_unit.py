@@ -32,6 +32,7 @@ from mycoswarmd.core.roster import (
 )
 from mycoswarmd.core.roster.beacon import MAX_COUNTER
 from mycoswarmd.daemon.clock import SystemClock
+from mycoswarmd.daemon.signing import PatientSigner
 from mycoswarmd.errors import BadRequest, ConfigError, LocalProtocolError, NotFound, Unavailable
 from mycoswarmd.flow.swarmports import Signer
 from mycoswarmd.outposts import signbook
@@ -601,37 +602,77 @@ async def test_a_swarm_lives_with_a_signer_that_comes_and_goes(tmp_path: Path) -
             manager.end()
 
 
-@pytest.mark.parametrize("what", ["admit", "revoke", "add_signer", "remove_signer", "beacon"])
-async def test_a_signer_that_starts_slowly_holds_nothing_else_up(tmp_path: Path, what: str) -> None:
-    """Its unit starts only when the rest of the node has gone on."""
+@contextmanager
+def gated_unit() -> Iterator[tuple[UnitSigner, UnitManager, Path]]:
+    """Hold a unit that starts when a file is there; who waits for it in the loop makes none."""
     with place() as top:
         go = top / "go"
-        go.touch()
         wait = f'until [ -e {go} ]; do sleep 0.02; done; exec "$@"'
         argv = ["/bin/sh", "-c", wait, "-", *PROGRAM, "--state", str(top / "state")]
         with unit(top, argv, within_s=3) as (node, manager):
-            async with machine(tmp_path / "alpha") as one:
-                one.swarm._signer = node
-                await one.begin()
-                await one.admit(key("pi"), "pi")
-                signing_key = public_key(make_seed()).hex()
-                one.swarm.ask_signer_key = AsyncMock(return_value=signing_key)
-                await one.swarm.add_signer("pi")
-                acts: dict[str, Callable[[], Awaitable[object]]] = {
-                    "admit": lambda: one.admit(key("pc"), "pc"),
-                    "revoke": lambda: one.swarm.revoke("pi", ""),
-                    "add_signer": lambda: one.swarm.add_signer("pi"),
-                    "remove_signer": lambda: one.swarm.remove_signer("pi"),
-                    "beacon": one.swarm._try_beacon,
-                }
-                node.close()
-                go.unlink()
-                act = asyncio.ensure_future(acts[what]())
-                await asyncio.sleep(0.1)
-                assert not act.done()
-                go.touch()
-                await act
-                assert len(manager.programs) == 2
+            yield node, manager, go
+
+
+@pytest.mark.parametrize(
+    "what", ["admit", "revoke", "add_signer", "remove_signer", "beacon", "make", "draft"]
+)
+async def test_a_signer_that_starts_slowly_holds_nothing_else_up(tmp_path: Path, what: str) -> None:
+    """Its unit starts only when the rest of the node has gone on."""
+    with gated_unit() as (node, manager, go):
+        go.touch()
+        async with machine(tmp_path / "alpha") as one:
+            one.swarm._signer = PatientSigner(node)
+            await one.begin()
+            await one.admit(key("pi"), "pi")
+            signing_key = public_key(make_seed()).hex()
+            one.swarm.ask_signer_key = AsyncMock(return_value=signing_key)
+            await one.swarm.add_signer("pi")
+            acts: dict[str, Callable[[], Awaitable[object]]] = {
+                "admit": lambda: one.admit(key("pc"), "pc"),
+                "revoke": lambda: one.swarm.revoke("pi", ""),
+                "add_signer": lambda: one.swarm.add_signer("pi"),
+                "remove_signer": lambda: one.swarm.remove_signer("pi"),
+                "beacon": one.swarm._try_beacon,
+                "make": one.swarm.make_signer_key,
+                "draft": lambda: one.swarm.recovery_draft([], []),
+            }
+            node.close()
+            go.unlink()
+            act = asyncio.ensure_future(acts[what]())
+            await asyncio.sleep(0.1)
+            assert not act.done()
+            assert one.swarm.is_signer()
+            go.touch()
+            await act
+            assert len(manager.programs) == 2
+
+
+async def test_a_node_whose_signer_has_not_answered_yet_goes_on_and_says_what_it_cannot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with gated_unit() as (node, manager, go):
+        go.touch()
+        async with machine(tmp_path / "alpha") as one:
+            one.swarm._signer = node
+            await one.begin()
+            node.close()
+            go.unlink()
+            late = UnitSigner(manager.path, clock=SystemClock(), within_s=0.3, retry_s=0)
+            patient = PatientSigner(late)
+            one.swarm._signer = patient
+            assert not one.swarm.is_signer()  # and at once: nobody asks the unit here
+            assert len(manager.programs) == 1
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="out of reach"):
+                    await one.admit(key("pi"), "pi")
+            assert "within 0.3 s" in patient.problem or "timed out" in patient.problem
+            assert len([row for row in caplog.records if "nothing is signed" in row.message]) == 1
+            late._within_s = 10
+            go.touch()
+            await one.admit(key("pi"), "pi")
+            assert patient.problem == ""
+            assert one.swarm.is_signer()
+            late.close()
 
 
 # The program as the unit's user, and the node as its own; both load all they need as root.

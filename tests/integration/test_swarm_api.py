@@ -178,7 +178,7 @@ async def test_a_signer_makes_its_key_when_a_signer_asks() -> None:
         await node.admit("sina")
         await node.make_signer("sina")
         answer = await node.ask(node.members["sina"], "POST", "/swarm/signer-key")
-        assert answer.json == {"key": node.swarm.make_signer_key()}
+        assert answer.json == {"key": await node.swarm.make_signer_key()}
 
 
 async def test_watch_says_a_word_at_once_then_changes_then_that_it_lives(

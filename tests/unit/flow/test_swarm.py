@@ -235,7 +235,7 @@ async def test_a_thief_that_admitted_very_many_is_put_out_and_the_swarm_recovere
 
 
 async def recover(home: Machine, *, without: Sequence[str] = ()) -> None:
-    draft = home.swarm.recovery_draft(without, [])
+    draft = await home.swarm.recovery_draft(without, [])
     body = base64.b64decode(str(draft["body"]))
     await home.swarm.recover(signed(body, RECOVERY.pair))
 
@@ -295,7 +295,7 @@ async def test_the_first_signer_is_put_out_by_whom_it_named_and_takes_nobody_alo
             await home.admit(Key(identity.seed), name)
 
             async def ask(_: str, other: Machine = other) -> str:
-                return other.swarm.make_signer_key()
+                return await other.swarm.make_signer_key()
 
             home.swarm.ask_signer_key = ask
             await home.swarm.add_signer(name)
@@ -350,14 +350,14 @@ async def test_whoever_lost_its_signing_key_gets_another(home: Machine) -> None:
 
 
 async def test_a_node_makes_a_new_signing_key_when_its_own_was_removed(home: Machine) -> None:
-    own = home.swarm.make_signer_key()
-    assert home.swarm.make_signer_key() == own
+    own = await home.swarm.make_signer_key()
+    assert await home.swarm.make_signer_key() == own
     other, node = key("other"), key("node")
     await home.admit(node, "pi")
     await home.add_signer(other, "pi")
     await home.swarm.merge([home.maker.wire(Kind.DROP_SIGNER, other, by=other.hex, key=own, keep=[])])
     assert not home.swarm.is_signer()
-    assert home.swarm.make_signer_key() != own
+    assert await home.swarm.make_signer_key() != own
 
 
 async def test_a_full_roster_still_hears_who_is_out(home: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +458,7 @@ async def test_merges_and_a_revocation_at_once_lose_nothing(home: Machine) -> No
 async def test_a_recovery_while_a_person_revokes_leaves_the_revocation_done(home: Machine) -> None:
     """The epoch of the paper key comes in from elsewhere while the receipt of the revocation is written."""
     await home.admit(key("pi"), "pi")
-    draft = home.swarm.recovery_draft([], [])
+    draft = await home.swarm.recovery_draft([], [])
     epoch = signed(base64.b64decode(str(draft["body"])), RECOVERY.pair)
     outcomes = await together(home.swarm.revoke("pi", "lost"), home.swarm.merge([epoch]))
     assert codes(outcomes) == ["ok", "ok"]
@@ -470,7 +470,7 @@ async def test_a_recovery_while_a_person_revokes_leaves_the_revocation_done(home
 
 async def test_a_change_of_key_that_a_recovery_overtakes_says_so(home: Machine) -> None:
     before = home.swarm.self_id
-    draft = home.swarm.recovery_draft([], [])
+    draft = await home.swarm.recovery_draft([], [])
     epoch = signed(base64.b64decode(str(draft["body"])), RECOVERY.pair)
 
     async def meanwhile(_: Sequence[object]) -> None:
@@ -718,7 +718,7 @@ async def test_a_member_that_a_recovery_brings_back_is_told_of(
     home: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     await home.admit(key("pi"), "pi")
-    draft = home.swarm.recovery_draft([], [])
+    draft = await home.swarm.recovery_draft([], [])
     await home.swarm.revoke("pi", "stolen")
     await home.swarm.recover(signed(base64.b64decode(str(draft["body"])), RECOVERY.pair))
     assert home.names() == ["alpha", "pi"]
@@ -727,7 +727,7 @@ async def test_a_member_that_a_recovery_brings_back_is_told_of(
 
 
 async def test_an_older_recovery_is_not_said_to_be_done(home: Machine) -> None:
-    old = home.swarm.recovery_draft([], [])
+    old = await home.swarm.recovery_draft([], [])
     await recover(home)
     await recover(home)
     with pytest.raises(Conflict, match="overtaken"):
