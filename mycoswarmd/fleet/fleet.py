@@ -169,14 +169,16 @@ class Fleet:
     async def tell(self, statements: Sequence[Mapping[str, object]]) -> list[str]:
         """Hand statements to everybody who is ready, and wait longer for the first; return who has them.
 
-        Whoever refuses this node has heard that it is out.
+        Whoever refuses a node that was put out has heard of it; another one may not know this node yet.
         """
         told: set[str] = set()
+        is_out = not self._is_member(self._swarm.self_id or "")
 
         async def give(link: Link) -> None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_SPREAD_S):
-                    if link.state().code == _REFUSED or await link.give(statements):
+                    is_refused = is_out and link.state().code == _REFUSED
+                    if is_refused or await link.give(statements):
                         told.add(link.member.name)
             link.wake()
 

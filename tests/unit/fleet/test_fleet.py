@@ -378,3 +378,17 @@ async def test_leaving_reaches_the_others_before_everything_is_forgotten(home: H
     await b.swarm.leave()
     assert a.swarm.member(left) is None
     assert b.fleet.states() == []
+
+
+async def test_who_does_not_know_a_leaver_yet_is_not_counted_among_those_that_were_told(home: Home) -> None:
+    """Its refusal is that of one that has not heard of the newcomer; nobody else will ever put that out."""
+    a, b = await home.pair()
+    c = await home.node("cellar")
+    await a.admit(c)
+    await c.listen()
+    a.hang_up()
+    await home.link(c)
+    tell(c, b)
+    await c.until(lambda: c.state_of(b).code == "peer-refuses-us")
+    c.swarm.tell = c.fleet.tell
+    assert await c.swarm.leave() == []
