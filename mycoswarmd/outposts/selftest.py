@@ -43,6 +43,8 @@ _ENGINES = (
     "/run/containerd/containerd.sock",
     "/run/podman/podman.sock",
 )
+# What mycoswarm-security(7) says how to give the core: names of users that are in no file.
+_SSSD = "/var/lib/sss/pipes/"
 # What a unit was given (BindReadOnlyPaths= and BindPaths= of its file): a socket, or a directory of them.
 _GIVEN: Mapping[Unit, tuple[str, ...]] = {
     Unit.CORE: (
@@ -51,11 +53,14 @@ _GIVEN: Mapping[Unit, tuple[str, ...]] = {
         "/run/mycoswarm-engine/",
         "/run/systemd/notify",
         "/run/systemd/journal/",
+        _SSSD,
     ),
 }
 # Where no socket is looked for: what the kernel makes up, what only root writes, and what is the unit's own.
 _NOT_LOOKED = frozenset({"/proc", "/sys", "/usr", "/var/lib/mycoswarm", "/var/lib/mycoswarm-engine"})
-# A unit sees some thousand files; whoever sees more sees the machine.
+# Every unit sees it whole, and what people keep there is theirs: trees of any size, closed directories.
+_ETC = "/etc/"
+# Beside that a unit sees some thousand files; whoever sees more sees the machine.
 _MOST_FILES = 20_000
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/proc/self/cgroup")
@@ -86,7 +91,8 @@ _WHO: Mapping[Unit, tuple[str, str, frozenset[str]]] = {
     Unit.LAN: ("_mycoswarm-lan", "_mycoswarm-lan", frozenset()),
     Unit.DISCOVERY: ("_mycoswarm-mdns", "_mycoswarm-mdns", frozenset()),
     Unit.SIGNER: ("_mycoswarm-signer", "_mycoswarm-signer", frozenset()),
-    Unit.PROBE: ("_mycoswarm-probe", "_mycoswarm-probe", frozenset({"video"})),
+    # Beside video one group of the machine's choice: cards may belong to another, which has no name there.
+    Unit.PROBE: ("_mycoswarm-probe", "_mycoswarm-probe", _VIDEO),
     Unit.ENGINE: ("", "_mycoswarm-engine", _VIDEO),
     Unit.TASK: ("", "", frozenset()),
 }
@@ -192,14 +198,16 @@ def _doors_in_sight(given: tuple[str, ...]) -> Callable[[Unit], Check]:
     """Look for sockets: a path that is not there leads to nobody, whatever its owner allows."""
 
     def check(unit: Unit) -> Check:
-        name, known, count = CheckName.DOORS, (*_GIVEN.get(unit, ()), *given), 0
+        name, known = CheckName.DOORS, (*_GIVEN.get(unit, ()), *given)
         # What is in there is others' to say, and however much that is.
         whole = _NOT_LOOKED | {one.rstrip("/") for one in known if one.endswith("/")}
+        count, beside, unlisted = 0, 0, list[str]()
         if not os.statvfs("/").f_flag & os.ST_RDONLY:
             return Check(name, ok=False, detail="the whole machine is in sight")
         try:
-            for seen, path in enumerate(_walk("/", but=whole)):
-                if seen > _MOST_FILES:
+            for path in _walk("/", but=whole, unlisted=unlisted):
+                beside += not path.startswith(_ETC)
+                if beside > _MOST_FILES:
                     return Check(name, None, f"more than {_MOST_FILES} files are in sight")
                 # Not by what its directory says: that is of the file on which a socket was mounted.
                 if not stat.S_ISSOCK(_mode(path)):
@@ -209,7 +217,12 @@ def _doors_in_sight(given: tuple[str, ...]) -> Callable[[Unit], Check]:
                 count += 1
         except OSError as exc:
             return Check(name, None, f"{exc.filename}: {_said(exc)}")
-        return Check(name, ok=True, detail=f"{count} in sight, all given" if count else "none in sight")
+        said = [f"{count} in sight, all given" if count else "none in sight"]
+        if _SSSD in known and os.access(_SSSD, os.F_OK):
+            said.append("sssd's beside")
+        if unlisted:
+            said.append(f"not looked into, of {_ETC}: {len(unlisted)}, such as {unlisted[0]}")
+        return Check(name, ok=True, detail="; ".join(said))
 
     return check
 
@@ -217,17 +230,23 @@ def _doors_in_sight(given: tuple[str, ...]) -> Callable[[Unit], Check]:
 def _mode(path: str) -> int:
     try:
         return os.lstat(path).st_mode
-    except FileNotFoundError:  # it was there a moment ago
+    except (FileNotFoundError, PermissionError):  # gone since, or in a directory that can only be listed
         return 0
 
 
-def _walk(top: str, *, but: AbstractSet[str]) -> Iterator[str]:
-    """Yield the paths of all that can be seen below a directory, but for what is in these."""
+def _walk(top: str, *, but: AbstractSet[str], unlisted: list[str]) -> Iterator[str]:
+    """Yield the paths of all that can be seen below a directory, but for what is in these.
+
+    `unlisted` gets the directories of /etc that can be entered without a list of what is there.
+    """
 
     def cannot(exc: OSError) -> None:
         # Who may not enter a directory reaches nothing there; who may, without a list of it, could.
-        if exc.errno != errno.ENOENT and (exc.errno != errno.EACCES or os.access(exc.filename, os.X_OK)):
+        if exc.errno == errno.ENOENT or (exc.errno == errno.EACCES and not os.access(exc.filename, os.X_OK)):
+            return
+        if exc.errno != errno.EACCES or not exc.filename.startswith(_ETC):
             raise exc
+        unlisted.append(exc.filename)
 
     for directory, below, files in os.walk(top, onerror=cannot):
         below[:] = [one for one in below if f"{directory.rstrip('/')}/{one}" not in but]
@@ -287,7 +306,8 @@ def _user(unit: Unit) -> Check:
     if foreign or hidden > len(may):
         said = " ".join(foreign) or f"{hidden} that are not in sight"
         return Check(name, ok=False, detail=f"{user or uid}, in other groups: {said}")
-    return Check(name, ok=True, detail=f"{user or uid}:{group or gid}")
+    beside = f", other groups, not in sight: {hidden}" if hidden else ""
+    return Check(name, ok=True, detail=f"{user or uid}:{group or gid}{beside}")
 
 
 def _numbered(path: Path) -> Mapping[int, str]:

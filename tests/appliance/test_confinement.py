@@ -94,6 +94,21 @@ CHANGES: Mapping[str, tuple[Sequence[str], str]] = {
     "namespaces": (["RestrictNamespaces=no"], "calls"),
     "code": (["MemoryDenyWriteExecute=no"], "calls"),
 }
+# What our pages say to write, for whoever needs it.
+DOCUMENTED: Mapping[str, tuple[str, str]] = {
+    "probe": ("docs/howto/gpu-workstation.md", "SupplementaryGroups=GROUP"),
+    "core": ("docs/man/mycoswarm-security.7.md", "BindReadOnlyPaths=/var/lib/sss/pipes"),
+}
+# What a machine's owner may have where every unit sees it, and a service that is given whole.
+_OWNERS = """
+import os, socket
+os.makedirs("/var/lib/sss/pipes")
+socket.socket(socket.AF_UNIX).bind("/var/lib/sss/pipes/nss")
+os.mkdir("/etc/closed", 0o711)
+os.mkdir("/etc/many")
+for number in range(20_100):
+    open(f"/etc/many/{number}", "w").close()
+"""
 
 
 @pytest.fixture(scope="module", params=SUITES)
@@ -172,6 +187,28 @@ def test_the_dialer_says_how_it_was_changed(machine: Machine) -> None:
         names.discard("memory")  # the outer machine may keep that controller
     assert weak.pop("") == set(), found[""]
     assert weak == {key: {check} for key, (_, check) in CHANGES.items()}, found
+
+
+def test_a_machine_that_was_set_up_as_our_pages_say_is_not_called_weak(machine: Machine) -> None:
+    def units(also: Sequence[str] = ()) -> dict[str, tuple[Sequence[str], str]]:
+        return {
+            unit: ([*directives(unit), line.replace("GROUP", "games"), *also], f"prove.py {unit}")
+            for unit, (_, line) in DOCUMENTED.items()
+        }
+
+    for page, line in DOCUMENTED.values():
+        assert line in (Path(__file__).parents[2] / page).read_text(), page
+    try:
+        machine.python(_OWNERS)
+        told = said(machine, units())
+        more = said(machine, units(["SupplementaryGroups=disk"]))
+    finally:
+        machine.sh("rm -rf /var/lib/sss /etc/closed /etc/many")
+    for unit, checks in told.items():
+        weak = {name for name, (ok, _) in checks.items() if ok is not True}
+        assert not weak - {"memory"}, (unit, checks)
+    assert "sssd's" in told["core"]["doors"][1] and "/etc/closed" in told["core"]["doors"][1]
+    assert more["probe"]["user"][0] is False and more["core"]["user"][0] is False, more
 
 
 @pytest.fixture

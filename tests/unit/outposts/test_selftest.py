@@ -139,6 +139,8 @@ assert libc.mount(b"tmpfs", b"elsewhere", b"tmpfs", 0, None) == 0
 """
 NOBODY = "; os.setuid(65534)"
 MANY = "for number in range(20100): open('{}' + str(number), 'w').close()"
+ETC = "os.makedirs('etc/x')\n"
+LISTED = "os.makedirs('etc/x/y'); open('etc/x/z', 'w').close(); os.chmod('etc/x', 0o744)"
 # What an engine can do in its own directory.
 ENGINES = "os.makedirs('run/mycoswarm-engine/0/x')\n"
 SECRET = "os.chmod('run/mycoswarm-engine/0', 0o711)"
@@ -162,6 +164,14 @@ SECRET = "os.chmod('run/mycoswarm-engine/0', 0o711)"
         (Unit.CORE, MANY.format(""), SEAL, None, "more than 20000 files"),
         (Unit.CORE, ENGINES + MANY.format("run/mycoswarm-engine/0/"), SEAL, True, "none in sight"),
         (Unit.CORE, ENGINES + SECRET, SEAL + NOBODY, True, "none in sight"),
+        # What a machine's owner may have, and what our own pages say to write.
+        (Unit.LAN, ETC + "os.chmod('etc/x', 0o711)", SEAL + NOBODY, True, "of /etc/: 1, such as /etc/x"),
+        (Unit.LAN, LISTED, SEAL + NOBODY, True, "none in sight"),
+        (Unit.LAN, ETC + MANY.format("etc/x/"), SEAL, True, "none in sight"),
+        (Unit.LAN, ETC + 'listen("etc/x/y")', SEAL, False, "/etc/x/y is in sight"),
+        (Unit.CORE, 'listen("var/lib/sss/pipes/nss")', SEAL, True, "none in sight; sssd's beside"),
+        (Unit.CORE, 'listen("var/lib/sss/other")', SEAL, False, "/var/lib/sss/other is in sight"),
+        (Unit.LAN, 'listen("var/lib/sss/pipes/nss")', SEAL, False, "/var/lib/sss/pipes/nss is in sight"),
     ],
 )
 def test_a_socket_that_was_not_given_is_found(
@@ -169,6 +179,48 @@ def test_a_socket_that_was_not_given_is_found(
 ) -> None:
     proof = proof_of(unit, before=ROOT.format(inside=inside, seal=seal))
     (found,) = [one for one in proof.checks if one.name is CheckName.DOORS]
+    assert found.ok is ok and detail in found.detail, found
+
+
+# As PrivateUsers=yes has it: of groups that are not the unit's own no number is left.
+NAMESPACE = """
+import ctypes, os
+import encodings.ascii  # while it can be read
+from pathlib import Path
+libc = ctypes.CDLL(None)
+assert libc.unshare(0x20000) == 0
+assert libc.mount(None, b"/", None, 0x44000, None) == 0
+for file in (b"passwd", b"group"):
+    assert libc.mount(b"{at}/" + file, b"/etc/" + file, None, 0x1000, None) == 0
+os.setgroups({groups})
+os.setresgid(4242, 4242, 4242)
+os.setresuid(4242, 4242, 4242)
+assert libc.prctl(4, 1, 0, 0, 0) == 0
+assert libc.unshare(0x10000000) == 0
+for file, text in (("setgroups", "deny"), ("uid_map", "4242 4242 1"), ("gid_map", "4242 4242 1")):
+    Path("/proc/self", file).write_text(text)
+"""
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("unit", "user", "groups", "ok", "detail"),
+    [
+        (Unit.PROBE, "_mycoswarm-probe", [], True, ":_mycoswarm-probe"),
+        (Unit.PROBE, "_mycoswarm-probe", [4444], True, "not in sight: 1"),
+        (Unit.PROBE, "_mycoswarm-probe", [4444, 4445], True, "not in sight: 2"),  # one as a page says
+        (Unit.PROBE, "_mycoswarm-probe", [4444, 4445, 4446], False, "3 that are not in sight"),
+        (Unit.SIGNER, "_mycoswarm-signer", [4444], False, "1 that are not in sight"),
+        (Unit.PROBE, "_mycoswarm-signer", [], False, "_mycoswarm-signer:"),
+    ],
+)
+def test_groups_that_are_not_in_sight_are_counted(
+    unit: Unit, user: str, groups: list[int], ok: bool, detail: str, tmp_path: Path
+) -> None:
+    (tmp_path / "passwd").write_text(f"{user}:x:4242:4242::/:/bin/false\n")
+    (tmp_path / "group").write_text(f"{user}:x:4242:\n")
+    proof = proof_of(unit, before=NAMESPACE.format(at=tmp_path, groups=groups))
+    (found,) = [one for one in proof.checks if one.name is CheckName.USER]
     assert found.ok is ok and detail in found.detail, found
 
 
