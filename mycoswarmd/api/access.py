@@ -95,6 +95,16 @@ class Caller:
         """Tell whether nothing at all was proved."""
         return self.roles is _STRANGER
 
+    @property
+    def counted_as(self) -> str:
+        """Name whose part of what there is it takes: accounts without a name have one together.
+
+        One account may have 65,536 of those (subuid(5)).
+        """
+        principal = self.principal
+        is_nameless = Who.LOCAL in self.roles and principal.user is None and not principal.is_owner
+        return "accounts without a name" if is_nameless else principal.describe()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RosterBook:

@@ -13,10 +13,9 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -28,7 +27,7 @@ from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_nee
 from mycoswarmd.api.call import ROSTER_HEADER, Call
 from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
-from mycoswarmd.api.room import BodyRoom
+from mycoswarmd.api.room import BodyRoom, Keep, Size
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Route, make_router
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
@@ -50,9 +49,19 @@ _BODY_S = 60.0
 _STOP_S = 5.0
 # A member's rosters come a few at a time, so that it holds up itself and nobody else.
 _MEMBER_AT_ONCE = 4
-# What bodies may take of memory, from before they are read until they are answered.
-_ROOM_BYTES = 256 << 20
-_ROOM_OF_CALLER_BYTES = 64 << 20
+# What bodies may take of memory until they are answered. Each kind of caller has its own, so that none waits
+# for another; eight accounts are needed to fill that of accounts.
+_ROOMS = {
+    "owner": Size(64 << 20, 256 << 20),
+    "workspace": Size(64 << 20, 256 << 20),  # of everybody else who may post a task
+    Who.LOCAL: Size(12 << 20, 96 << 20),
+    Who.PROGRAM: Size(32 << 20, 64 << 20),
+    Who.NODE: Size(32 << 20, 64 << 20),
+    Who.STRANGER: Size(8 << 20, 8 << 20),  # never full: there are 16 connections, and 512 KiB on each
+}
+# The first part of a body is not counted: a connection's own buffers are larger, and who only says that it
+# will send much takes nothing.
+_UNCOUNTED_BYTES = 64 << 10
 # JSON is parsed without letting any other task run, and makes twenty times as much of each of these signs.
 _PARTS = (b"[", b"{", b":")
 _PARTS_OF_PROMPT = 1 << 19  # texts are full of them
@@ -91,8 +100,7 @@ class Api:
         self._services = services
         self._doorman = doorman
         self._router = make_router(routes)
-        room = partial(BodyRoom, all_bytes=_ROOM_BYTES, each_bytes=_ROOM_OF_CALLER_BYTES, patience_s=_BODY_S)
-        self._room, self._owners_room = room(), room()
+        self._rooms = {kind: BodyRoom(size, patience_s=_BODY_S) for kind, size in _ROOMS.items()}
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()
@@ -302,21 +310,17 @@ class Api:
         if route.gate not in _FREE:
             await self._pass_gate(route, names, caller)
         async with contextlib.AsyncExitStack() as held:
-            if request.body_exists:
-                if roster and route.path == SYNC_PATH:
-                    await held.enter_async_context(self._turn_of(caller))
-                await held.enter_async_context(self._room_for(caller, route, request))
+            if request.body_exists and roster and route.path == SYNC_PATH:
+                await held.enter_async_context(self._turn_of(caller))
             return await self._handled(held, route, names, caller, request, roster, line)
 
-    def _room_for(
-        self, caller: Caller, route: Route, request: BaseRequest
-    ) -> contextlib.AbstractAsyncContextManager[None]:
-        """Return what holds the memory for a body; others cannot use up the owner's."""
-        length = request.content_length
-        if length is not None and length > route.body_bytes:
-            raise _too_large(route.body_bytes)
-        room = self._owners_room if caller.principal.is_owner else self._room
-        return room.taken(caller.principal.describe(), route.body_bytes if length is None else length)
+    def _room_for(self, caller: Caller, route: Route) -> BodyRoom:
+        """Return what holds the memory for a body."""
+        if caller.principal.is_owner:
+            return self._rooms["owner"]
+        if route.gate is Gate.SOME_TASK:
+            return self._rooms["workspace"]
+        return next(room for kind, room in self._rooms.items() if kind in caller.roles)
 
     def _turn_of(self, caller: Caller) -> asyncio.Semaphore:
         """Return what a member's rosters wait for."""
@@ -338,7 +342,12 @@ class Api:
     ) -> StreamResponse:
         body = b""
         if request.body_exists:
-            body = await _read_body(request, route.body_bytes)
+
+            def take_room(size_bytes: int) -> Awaitable[Keep]:
+                room = self._room_for(caller, route)
+                return held.enter_async_context(room.taken(caller.counted_as, size_bytes))
+
+            body = await _read_body(request, route.body_bytes, take_room)
             if line is not None:
                 _check_parts(body, _PARTS_OF_STRANGER)
             elif route.gate is Gate.INSIDE:
@@ -434,7 +443,9 @@ async def _to_its_end(
         return await _answered(route.handler(call), caller)
 
 
-async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
+async def _read_body(
+    request: BaseRequest, at_most_bytes: int, take_room: Callable[[int], Awaitable[Keep]]
+) -> bytes:
     """Read the body within the route's bound; refuse a larger one before reading it where it says so."""
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise BadRequest("compressed-body", "cannot read a compressed body: send it plain", http_status=415)
@@ -442,19 +453,31 @@ async def _read_body(request: BaseRequest, at_most_bytes: int) -> bytes:
     if length is not None and length > at_most_bytes:
         raise _too_large(at_most_bytes)
     body = io.BytesIO()  # hands over what it holds without a copy
+    first_bytes = min(_UNCOUNTED_BYTES, at_most_bytes)
+    if not await _read_on(request, body, first_bytes) and at_most_bytes > first_bytes:
+        keep = await take_room(at_most_bytes if length is None else length)
+        await _read_on(request, body, at_most_bytes)
+        await keep(body.tell())
+    if body.tell() > at_most_bytes:
+        raise _too_large(at_most_bytes)
+    return body.getvalue()
+
+
+async def _read_on(request: BaseRequest, body: io.BytesIO, to_bytes: int) -> bool:
+    """Read until the end, or until there is more than so much; tell whether that was the end."""
     try:
         async with asyncio.timeout(_BODY_S):
             async for piece in request.content.iter_any():
                 body.write(piece)
-                if body.tell() > at_most_bytes:
-                    raise _too_large(at_most_bytes)
+                if body.tell() > to_bytes:
+                    return False
     except web.RequestPayloadError:
         raise BadRequest("bad-body", "cannot read the request: its body is malformed") from None
     except TimeoutError as exc:
         raise BadRequest(
             "slow-body", f"cannot read the request: no end after {_BODY_S:.0f} s", http_status=408
         ) from exc
-    return body.getvalue()
+    return True
 
 
 def _check_parts(body: bytes, at_most: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pwd
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,10 +12,12 @@ import pytest
 from aiohttp.web_response import StreamResponse
 
 from mycoswarmd.api import app
+from mycoswarmd.api.access import Who
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
-from mycoswarmd.api.routes import ROUTES, SYNC_PATH
-from tests.integration.apis import API_KEY, Running, local_user, running_api
+from mycoswarmd.api.room import Size
+from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Handler, Route
+from tests.integration.apis import API_KEY, Connection, Running, local_user, running_api
 
 pytestmark = pytest.mark.integration
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="asks as several accounts: root is needed")
@@ -24,19 +27,35 @@ os.setgroups([]); os.setresgid(*[int(sys.argv[2])] * 3); os.setresuid(*[int(sys.
 held = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[3]))]
 for one in held:
     one.connect(sys.argv[1])
+    one.sendall(sys.argv[4].encode())
 print("held", flush=True)
 sys.stdin.read()
 """
+# More than what is not counted.
+_HALF_A_PROMPT = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {8 << 20}\r\n\r\n" + "x" * (
+    100 << 10
+)
 # Of ten connections, an account has four and root keeps two for itself.
 FEW = Bounds(local=10, local_of_user=4, local_kept=2, local_patience_s=30)
 NOT_SHARED_OUT = Bounds(local=10, local_of_user=10, local_kept=0, local_patience_s=30)
 
 
+def routes_with(path: str, handler: Handler) -> list[Route]:
+    """Return the table with another handler of one path."""
+    return [replace(route, handler=handler) if route.path == path else route for route in ROUTES]
+
+
+def head_of(one: Connection, path: str, length: str) -> bytes:
+    """Return the head of a program's request."""
+    known = f"Host: {one.host}\r\nAuthorization: Bearer {API_KEY}"
+    return f"POST {path} HTTP/1.1\r\n{known}\r\n{length}\r\n\r\n".encode()
+
+
 @asynccontextmanager
-async def hoarder(node: Running, *, uid: int, connections: int) -> AsyncIterator[None]:
-    """Hold connections that never say a byte."""
+async def hoarder(node: Running, *, uid: int, connections: int, says: str = "") -> AsyncIterator[None]:
+    """Hold connections that never say more."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-c", _HOARD, str(node.unix), str(uid), str(connections),
+        sys.executable, "-I", "-c", _HOARD, str(node.unix), str(uid), str(connections), says,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
@@ -90,15 +109,13 @@ async def test_bodies_of_one_program_take_so_much_memory_and_no_more(
     each_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is a whole prompt but for its last byte: more than two are not read while those are not done."""
-    monkeypatch.setattr(app, "_ROOM_OF_CALLER_BYTES", each_bytes)
-    monkeypatch.setattr(app, "_ROOM_BYTES", each_bytes * 2)
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(each_bytes, each_bytes * 2))
     body = b'{"model": "ok", "messages": "' + b"x" * ((8 << 20) - 64)
     async with running_api() as node, AsyncExitStack() as stack:
         read = 0
         for _ in range(5):
             one = await stack.enter_async_context(node.program())
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {one.host}\r\nAuthorization: Bearer {API_KEY}"
-            one.writer.write(f"{head}\r\nContent-Length: {len(body) + 1}\r\n\r\n".encode() + body)
+            one.writer.write(head_of(one, "/v1/completions", f"Content-Length: {len(body) + 1}") + body)
             try:
                 async with asyncio.timeout(1):
                     await one.writer.drain()
@@ -115,7 +132,7 @@ async def test_who_hangs_up_gets_no_room_back_while_the_body_is_in_memory(
 ) -> None:
     """The handler goes on when its caller has gone away, and has the body for so long."""
     body = b"x" * (200 << 10)
-    monkeypatch.setattr(app, "_ROOM_OF_CALLER_BYTES", 2 * len(body))
+    monkeypatch.setitem(app._ROOMS, Who.NODE, Size(2 * len(body), 1 << 30))
     held, may_end = [], asyncio.Event()
 
     async def slow(call: Call) -> StreamResponse:
@@ -123,8 +140,7 @@ async def test_who_hangs_up_gets_no_room_back_while_the_body_is_in_memory(
         await may_end.wait()
         return json_answer({})
 
-    routes = [replace(route, handler=slow) if route.path == SYNC_PATH else route for route in ROUTES]
-    async with running_api(routes=routes) as node:
+    async with running_api(routes=routes_with(SYNC_PATH, slow)) as node:
         nina = await node.admit("nina")
         for _ in range(4):
             async with node.connected(nina) as one:
@@ -133,3 +149,82 @@ async def test_who_hangs_up_gets_no_room_back_while_the_body_is_in_memory(
         assert held == [len(body)] * 2
         may_end.set()
         assert (await node.ask(nina, "POST", SYNC_PATH, body)).status == 200
+
+
+# Each a kind of caller's whole room, if what is declared counts.
+DECLARED = f"Content-Length: {8 << 20}"
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.mark.parametrize(("length", "first"), [(DECLARED, b"x"), (CHUNKED, b"1\r\nx\r\n")])
+async def test_who_says_how_much_it_will_send_and_does_not_takes_nothing(
+    length: str, first: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(8 << 20, 8 << 20))
+    async with running_api() as node, AsyncExitStack() as stack:
+        for _ in range(4):
+            one = await stack.enter_async_context(node.program())
+            one.writer.write(head_of(one, "/v1/completions", length) + first)
+            await one.writer.drain()
+        await asyncio.sleep(0.2)
+        last = await stack.enter_async_context(node.program())
+        async with asyncio.timeout(5):
+            answer = await last.ask(
+                "POST", "/v1/completions", {"model": "none"}, {"Authorization": f"Bearer {API_KEY}"}
+            )
+        assert answer.status == 400
+
+
+async def test_a_kind_of_caller_takes_the_room_of_its_kind_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(8 << 20, 8 << 20))
+    large = {"model": "none", "prompt": "x" * (200 << 10)}
+    async with running_api() as node, AsyncExitStack() as stack:
+        nina = await node.admit("nina")
+        one, other = [await stack.enter_async_context(node.program()) for _ in range(2)]
+        one.writer.write(head_of(one, "/v1/completions", DECLARED) + b"x" * (200 << 10))
+        await one.writer.drain()
+        await asyncio.sleep(0.2)
+        async with asyncio.timeout(5):
+            assert (await node.ask(nina, "POST", "/v1/completions", large)).status == 404
+        await other.send("POST", "/v1/completions", large, {"Authorization": f"Bearer {API_KEY}"})
+        with pytest.raises(TimeoutError):  # its own kind waits
+            async with asyncio.timeout(0.5):
+                await other.answer()
+        one.writer.transport.abort()
+        async with asyncio.timeout(5):
+            assert (await other.answer()).status == 404
+
+
+async def test_a_chunked_body_keeps_no_more_room_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(9 << 20, 9 << 20))
+    running, may_end = [], asyncio.Event()
+
+    async def slow(call: Call) -> StreamResponse:
+        running.append(len(call.untrusted_body))
+        await may_end.wait()
+        return json_answer({})
+
+    async with running_api(routes=routes_with("/v1/completions", slow)) as node, AsyncExitStack() as stack:
+        for _ in range(3):
+            one = await stack.enter_async_context(node.program())
+            one.writer.write(head_of(one, "/v1/completions", CHUNKED) + b"32000\r\n")
+            one.writer.write(b"x" * 0x32000 + b"\r\n0\r\n\r\n")
+            await one.writer.drain()
+        async with asyncio.timeout(5):
+            while len(running) < 3:
+                await asyncio.sleep(0.02)
+        may_end.set()
+
+
+@as_root
+async def test_accounts_without_a_name_have_the_part_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a range of them in /etc/subuid takes no more than anybody."""
+    monkeypatch.setitem(app._ROOMS, Who.LOCAL, Size(8 << 20, 16 << 20))
+    async with running_api() as node, AsyncExitStack() as stack:
+        for uid in (300_000, 300_001, 300_002):
+            await stack.enter_async_context(hoarder(node, uid=uid, connections=1, says=_HALF_A_PROMPT))
+        await asyncio.sleep(0.3)
+        bob = await stack.enter_async_context(local_user(node, uid=pwd.getpwnam("nobody").pw_uid))
+        async with asyncio.timeout(5):
+            body = {"model": "none", "prompt": "x" * (200 << 10)}
+            assert (await bob.ask("POST", "/v1/completions", body)).status in {403, 404}

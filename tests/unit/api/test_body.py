@@ -9,6 +9,7 @@ from aiohttp.streams import StreamReader
 from aiohttp.test_utils import make_mocked_request
 
 from mycoswarmd.api.app import _read_body
+from mycoswarmd.api.room import Keep
 
 
 async def test_a_body_is_in_memory_once() -> None:
@@ -24,13 +25,23 @@ async def test_a_body_is_in_memory_once() -> None:
             await asyncio.sleep(0)
         content.feed_eof()
 
+    taken, kept = [], []
+
+    async def take_room(size_bytes: int) -> Keep:
+        taken.append(size_bytes)
+        return keep
+
+    async def keep(still_bytes: int) -> None:
+        kept.append(still_bytes)
+
     tracemalloc.start()
     try:
         sending = asyncio.create_task(send())
-        body = await _read_body(request, size_bytes)
+        body = await _read_body(request, size_bytes, take_room)
         peak_bytes = tracemalloc.get_traced_memory()[1]
         await sending
     finally:
         tracemalloc.stop()
     assert type(body) is bytes and len(body) == size_bytes
     assert peak_bytes < size_bytes * 1.4
+    assert taken == kept == [size_bytes]
