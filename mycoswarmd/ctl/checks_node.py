@@ -7,8 +7,10 @@ answers, which are read here too; an answer that this version does not know is l
 import importlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,12 +41,21 @@ UNITS = (
     "mycoswarm-signer@.service",
     "run-mycoswarm\\x2dengine.mount",
 )
-# Where lines are put that change units: drop-ins of a unit, of a family of units, and of all services.
+# Where systemd looks for units and drop-ins, in its order: the first of a name counts.
+# Source: systemd.unit(5).
 _CHANGING_PLACES = (
     *("/etc/systemd/system.control", "/run/systemd/system.control", "/run/systemd/transient"),
-    *("/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system"),
+    *("/run/systemd/generator.early", "/etc/systemd/system", "/etc/systemd/system.attached"),
+    *("/run/systemd/system", "/run/systemd/system.attached", "/run/systemd/generator"),
+    *("/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"),
+    "/run/systemd/generator.late",
 )
-_CHANGED = ("mycoswarm", "run-mycoswarm", "service.d")
+# Whose drop-ins change ours: our units and families of them, and all of a kind.
+_CHANGED = ("mycoswarm", "run-mycoswarm")
+_FAMILIES = frozenset({"run-.mount", "service", "socket", "mount"})
+# A slice can only take away, but for addresses: those that it allows count for all that is in it.
+_SLICES = frozenset({"-.slice", "slice", "system.slice", "system-.slice"})
+_ADDRESSES = "IPAddressAllow"
 # What the node brings for who wants it is, unchanged, no change that a person must look at.
 _SHIPPED = ("/usr/share/mycoswarmd/engine-gpu.conf", "/opt/mycoswarm/share/engine-gpu.conf")
 _UNIT_PLACES = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
@@ -190,22 +201,50 @@ def units(box: Box) -> Iterator[Finding]:
 def _changes(box: Box) -> list[str]:
     """Return the files that change what units of the node say, wherever systemd takes them from."""
     shipped = {text for path in _SHIPPED if (text := box.read(path)) is not None}
-    drop_ins = [
-        f"{place}/{folder}/{name}"
-        for place in _CHANGING_PLACES
-        for folder in box.names(place)
-        if folder.startswith(_CHANGED) and folder.endswith(".d")
-        for name in box.names(f"{place}/{folder}")
-        if name.endswith(".conf")
+    # Where it is a link it is the place before it once more.
+    places = [
+        place for place in _CHANGING_PLACES if not place.startswith("/lib/") or box.link("/lib") is None
     ]
-    first, *others = _UNIT_PLACES
-    replaced = [
-        f"{first}/{name}"
-        for name in UNITS
-        if box.has(f"{first}/{name}") and any(box.has(f"{place}/{name}") for place in others)
-        if box.link(f"{first}/{name}") != "/dev/null"
+    return [
+        path
+        for at, place in enumerate(places)
+        for name in box.names(place)
+        for path in (
+            _drop_ins(box, f"{place}/{name}", shipped)
+            if name.endswith(".d")
+            # A generator's last word is for units that nobody else has.
+            else _replacing(box, f"{place}/{name}", places[at + 1 : -1])
+        )
     ]
-    return [path for path in drop_ins if box.read(path) not in shipped] + replaced
+
+
+def _drop_ins(box: Box, folder: str, shipped: AbstractSet[str]) -> Iterator[str]:
+    """Yield the files of a folder that change a unit of ours, a family of ours, or all units of a kind."""
+    unit = folder.rpartition("/")[2].removesuffix(".d")
+    is_ours = unit.startswith(_CHANGED) or unit in _FAMILIES
+    if not is_ours and not _is_slice(unit):
+        return
+    for name in box.names(folder):
+        text = box.read(f"{folder}/{name}") or ""
+        if name.endswith(".conf") and text not in shipped and (is_ours or _ADDRESSES in text):
+            yield f"{folder}/{name}"
+
+
+def _replacing(box: Box, path: str, below: Sequence[str]) -> Iterator[str]:
+    """Yield a unit's file, if it stands before the one that came, or is of one instance alone."""
+    name = path.rpartition("/")[2]
+    template = re.sub(r"@.+(?=\.)", "@", name)
+    if template in UNITS:
+        is_masked = path.startswith("/etc/systemd/system/") and box.link(path) == "/dev/null"
+        if not is_masked and (name != template or any(box.has(f"{place}/{name}") for place in below)):
+            yield path
+    elif _is_slice(name) and _ADDRESSES in (box.read(path) or ""):
+        yield path
+
+
+def _is_slice(unit: str) -> bool:
+    """Tell whether units of the node are in it: what addresses it allows, each of them may reach."""
+    return unit in _SLICES or unit.startswith("system-mycoswarm")
 
 
 def _enabled(box: Box) -> Iterator[Finding]:

@@ -237,3 +237,39 @@ def test_the_node_and_doctor_say_so(changed: Machine) -> None:
     for user in (None, "nobody"):
         told = changed.run("mycoswarmctl", "doctor", check=False, user=user).out
         assert "mycoswarm-lan.service.d/of-a-forum.conf" in told, told
+
+
+# Ways to let the dialer, or a door, do more, from elsewhere than /etc and our units' names.
+_LAN, _SIGNER, _AT = "mycoswarm-lan.service", "mycoswarm-signer.socket", "lib/systemd/system"
+ELSEWHERE: Mapping[str, tuple[str, str, str]] = {
+    f"/run/systemd/system/{_LAN}": (_LAN, "Service", "IPAddressAllow=203.0.113.0/24"),
+    f"/usr/local/{_AT}/{_LAN}": (_LAN, "Service", "IPAddressAllow=203.0.113.0/24"),
+    f"/usr/{_AT}/{_LAN}.d/of-a-package.conf": (_LAN, "Service", "IPAddressAllow=203.0.113.0/24"),
+    "/etc/systemd/system/socket.d/z.conf": (_SIGNER, "Socket", "SocketMode=0666"),
+}
+
+
+def test_doctor_names_each_file_that_systemd_takes_lines_from(machine: Machine) -> None:
+    for path, (unit, section, line) in ELSEWHERE.items():
+        shipped = "" if path.endswith(".conf") else machine.run("cat", f"/usr/{_AT}/{unit}").out
+        machine.write(path, f"{shipped}\n[{section}]\n{line}\n")
+        try:
+            machine.run("systemctl", "daemon-reload")
+            key, _, value = line.partition("=")
+            assert value in machine.run("systemctl", "show", "-P", key, unit).out.split(), path
+            told = machine.run("mycoswarmctl", "doctor", check=False).out
+            assert path in told, (path, told)
+        finally:
+            machine.sh(f"rm {path}; systemctl daemon-reload")
+        assert path not in machine.run("mycoswarmctl", "doctor", check=False).out
+
+
+def test_what_a_slice_allows_counts_for_the_units_in_it_and_is_named(machine: Machine) -> None:
+    path = "/etc/systemd/system/system.slice.d/of-a-forum.conf"
+    machine.write(path, "[Slice]\nIPAddressAllow=203.0.113.0/24\n")
+    try:
+        found = said(machine, {"lan": (directives("lan"), "prove.py lan")})
+        assert "203.0.113.1" in found["lan"]["canary"][1] and found["lan"]["canary"][0] is False, found
+        assert path in machine.run("mycoswarmctl", "doctor", check=False).out
+    finally:
+        machine.sh(f"rm -r {Path(path).parent}; systemctl daemon-reload")

@@ -357,6 +357,21 @@ LAN = "mycoswarm-lan.service"
         ("/usr/local/lib/systemd/system/mycoswarm-.service.d/x.conf", True),
         ("/etc/systemd/system/service.d/x.conf", True),
         (f"/etc/systemd/system/{LAN}", True),
+        (f"/run/systemd/system/{LAN}", True),
+        (f"/run/systemd/transient/{LAN}", True),
+        (f"/usr/local/lib/systemd/system/{LAN}", True),
+        (f"/run/systemd/generator.late/{LAN}", False),  # systemd looks there last
+        ("/run/systemd/system/mycoswarm-task@7.service", True),
+        ("/etc/systemd/system/mycoswarm-task@7.service", True),
+        ("/etc/systemd/system/mycoswarm-mine.service", False),
+        (f"/usr/lib/systemd/system/{LAN}.d/of-a-package.conf", True),
+        (f"/lib/systemd/system/{LAN}.d/of-a-package.conf", True),
+        (f"/run/systemd/generator/{LAN}.d/x.conf", True),
+        ("/etc/systemd/system/socket.d/z.conf", True),
+        ("/etc/systemd/system/mount.d/z.conf", True),
+        ("/etc/systemd/system/run-.mount.d/z.conf", True),
+        ("/etc/systemd/system/timer.d/z.conf", False),
+        ("/usr/lib/systemd/system/ssh.service", False),
         ("/etc/systemd/system/ollama.service.d/x.conf", False),
         ("/etc/systemd/system/mycoswarm-engine@.service.d/gpu.conf", False),  # as it was brought
     ],
@@ -374,6 +389,34 @@ def test_a_unit_that_was_changed_is_named(tmp_path: Path, path: str, is_said: bo
     if path.endswith("gpu.conf"):
         tree.put({path: "[Service]\nPrivateNetwork=no\n"})
         assert path in findings(tree)["changed units"].detail
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/systemd/system/system.slice.d/x.conf",
+        "/run/systemd/system/-.slice.d/x.conf",
+        "/etc/systemd/system/system-.slice.d/x.conf",
+        "/etc/systemd/system/system-mycoswarm\\x2dprobe.slice.d/x.conf",
+        "/etc/systemd/system/system.slice",
+    ],
+)
+def test_a_slice_is_named_where_it_allows_addresses(tmp_path: Path, path: str) -> None:
+    tree = debian13(tmp_path).put({path: "[Slice]\nIPAddressAllow=8.0.0.0/5\n"})
+    assert path in findings(tree)["changed units"].detail
+    # A bound that a distribution sets, such as systemd-oomd's, adds nothing.
+    assert "changed units" not in findings(tree.put({path: "[Slice]\nManagedOOMSwap=kill\n"}))
+
+
+def test_a_place_that_is_a_link_is_read_once(tmp_path: Path) -> None:
+    tree = debian13(tmp_path).link("/lib", "usr/lib")
+    assert "changed units" not in findings(tree)
+    path = f"/usr/lib/systemd/system/{LAN}.d/x.conf"
+    assert findings(tree.put({path: "[Service]\n"}))["changed units"].detail.count("x.conf") == 1
+    # What is masked is said as that, and to be asked no second time.
+    tree = debian13(tmp_path / "masked")
+    masked(tree)
+    assert set(bad(tree)) == {"units"}
 
 
 # --- cures ---------------------------------------------------------------------------------------
