@@ -163,6 +163,7 @@ def test_the_list_of_what_it_is_made_of_is_in_it(deb: Path) -> None:
     found = {member.name.removeprefix("./"): data for member, data in members(deb)}
     sbom = json.loads(found["usr/share/mycoswarmd/sbom.cdx.json"])
     assert sbom["bomFormat"] == "CycloneDX" and sbom["metadata"]["component"]["version"] == "0.1.0"
+    assert sbom["metadata"]["component"]["purl"] == "pkg:generic/mycoswarmd@0.1.0"
     have = {row["name"]: row for row in sbom["components"]}
     argv = ["dpkg-deb", "-f", str(deb), "Depends", "Recommends"]
     fields = subprocess.run(argv, capture_output=True, text=True).stdout

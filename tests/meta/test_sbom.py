@@ -48,6 +48,9 @@ def test_what_the_package_declares_is_in_it_as_it_is_installed(sbom: dict[str, A
     have = {row["name"]: row["version"] for row in sbom["components"]}
     assert {name: metadata.version(name) for name in declared} == {name: have[name] for name in declared}
     assert sbom["metadata"]["component"]["version"] == __version__
+    assert (
+        sbom["metadata"]["component"]["purl"] == f"pkg:generic/mycoswarmd@{__version__}"
+    )  # it is in no index
     assert "pytest" not in have and "ruff" not in have
 
 
