@@ -48,6 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     check = commands.add_parser("check", help=_CHECK, description=_CHECK, parents=[both], allow_abbrev=False)
     check.add_argument("--quiet", action="store_true", help="print only what is wrong")
+    check.add_argument(
+        "--policy-only", action="store_true", help="check what a reload reads; settings are no failure"
+    )
     version = "Print the version."
     commands.add_parser("version", help=version, description=version, allow_abbrev=False)
     return parser
@@ -79,6 +82,7 @@ def _carry_out(given: argparse.Namespace) -> None:
             policy=given.policy,
             listen=given.listen,
             appliance=given.appliance,
+            policy_only=given.policy_only,
         )
         if not given.quiet:
             print(text)

@@ -28,6 +28,7 @@ _OPEN_FILES = 8_192
 _TLS_BUFFER_BYTES = 32 << 10
 # Where a package or `mycoswarmctl service install` puts the unit of the machine's node.
 UNIT_FILES = tuple(Path(f"/{place}/systemd/system/mycoswarmd.service") for place in ("etc", "usr/lib", "lib"))
+_WHERE_THE_POLICY_IS = ("policy", "state_dir")
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -164,11 +165,21 @@ def check(
     policy: Path | None,
     listen: str | None,
     appliance: bool = False,
+    policy_only: bool = False,
 ) -> str:
-    """Load settings and policy as `run` would and describe them: as the service's, where this node is one."""
+    """Load settings and policy as `run` would and describe them: as the service's, where this node is one.
+
+    With `policy_only` as a reload, which reads no settings: what is wrong with them is said, and no failure.
+    """
     is_service = appliance or (state is None and any(path.exists() for path in UNIT_FILES))
     options = Options(state=state, config=config, policy=policy, listen=listen, appliance=is_service)
-    settings = load_settings(options)
+    try:
+        settings = load_settings(options)
+    except ConfigError as exc:
+        if not policy_only:
+            raise
+        sys.stderr.write(f"mycoswarmd: {exc}; a node that runs keeps those of its start\n")
+        settings = load_settings(options, only=_WHERE_THE_POLICY_IS)
     listening = f"http://{settings.listen[0]}:{settings.listen[1]}" if settings.listen else "unix socket only"
     if (
         settings.policy_is_given

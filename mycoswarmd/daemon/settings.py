@@ -10,7 +10,7 @@ import os
 import platform
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -175,15 +175,19 @@ class _Reader:
         return value
 
 
-def load_settings(options: Options) -> Settings:
+def load_settings(options: Options, *, only: Collection[str] | None = None) -> Settings:
     """Read the settings file, if there is one, and put the command line over it.
 
     Raises ConfigError with the file and the key.
+
+    Args:
+        options: the command line.
+        only: keys of text that are read where they can be; all else in the file is left out, right or not.
     """
     state = options.state.absolute() if options.state is not None else None
     options = replace(options, state=state, policy=options.policy and options.policy.absolute())
     config = options.config or _first_existing(options)
-    table, where = _read(config) if config is not None else ({}, "no file")
+    table, where = _read(config, only) if config is not None else ({}, "no file")
     unknown = set(table) - {key.name for key in TABLE}
     if unknown:
         known = ", ".join(key.name for key in TABLE)
@@ -378,7 +382,17 @@ def _policy_beside(state_dir: Path, *, is_own: bool) -> Path:
     return CONFIG_DIR / "policy.toml"
 
 
-def _read(path: Path) -> tuple[Mapping[str, object], str]:
+def _read(path: Path, only: Collection[str] | None) -> tuple[Mapping[str, object], str]:
+    if only is None:
+        return _read_all(path), str(path)
+    try:
+        table = _read_all(path)
+    except ConfigError:
+        table = {}
+    return {key: value for key, value in table.items() if key in only and isinstance(value, str)}, str(path)
+
+
+def _read_all(path: Path) -> Mapping[str, object]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as file:
@@ -390,7 +404,7 @@ def _read(path: Path) -> tuple[Mapping[str, object], str]:
     if len(data) > _MAX_FILE_BYTES:
         raise ConfigError("config-invalid", f"cannot use settings {str(path)!r}: larger than 64 KiB")
     try:
-        return tomllib.loads(data.decode("utf-8")), str(path)
+        return tomllib.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise ConfigError("config-invalid", f"cannot use settings {str(path)!r}: {exc}") from exc
 

@@ -49,6 +49,8 @@ HALF = 'schema = 1\nname = "half"\n\n[[rule]]\nid = "own'
 # The build before the sockets of the outposts moved and the units got roots of their own.
 OLDER = "2d77fddfa1df9e02c0bacc11b55733ef9898ef3c"
 OLDER_VERSION = "0.0.1"
+ENGINES_MOUNT = "run-mycoswarm\\x2dengine.mount"
+ENGINES = "/run/mycoswarm-engine"
 EDIT = "\n# a line of mine\n"
 
 
@@ -96,11 +98,52 @@ def test_reload_takes_a_new_policy_and_refuses_a_broken_one(fresh: Fresh, suite:
     assert "others than its owner may write it" in machine.journal("-u", "mycoswarmd")
     assert _policy_name(machine) == "shut"
 
+    settings = machine.run("cat", SETTINGS).out
+    machine.write(SETTINGS, f"{settings}\na line that is none\n")  # which a reload does not read
+    machine.write(POLICY, NOTHING_IS_ALLOWED.replace('"shut"', '"shut-again"'))
+    machine.run("systemctl", "reload", "mycoswarmd")
+    machine.wait_until("mycoswarmctl policy show | grep -q 'shut-again'", within_s=5)
+    machine.write(POLICY, HALF)
+    assert machine.run("systemctl", "reload", "mycoswarmd", check=False).code == 1
+    assert _policy_name(machine) == "shut-again"
+    machine.write(SETTINGS, settings)
+
     machine.write(POLICY, shipped)
     machine.run("systemctl", "reload", "mycoswarmd")
     machine.wait_until(f"mycoswarmctl policy show | grep -q '{name}'", within_s=5)
     assert ctl(machine, "ask", "--model", "ok", "hello").code == 0
     assert machine.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out == pid
+
+
+def test_a_node_that_was_killed_often_is_waited_for_each_time(fresh: Fresh, suite: str) -> None:
+    machine, _ = fresh[suite]
+    wait_ready(machine)
+    for _ in range(6):
+        machine.run("systemctl", "kill", "--signal=KILL", "--kill-whom=main", "mycoswarmd")
+        ctl(machine, "status")
+    assert int(machine.run("systemctl", "show", "-P", "NRestarts", "mycoswarmd").out) >= 6
+
+
+def test_the_node_sees_the_directory_of_the_engines_that_there_is(fresh: Fresh, suite: str) -> None:
+    machine, _ = fresh[suite]
+
+    def is_seen_when_made_anew(name: str) -> bool:
+        machine.run("systemctl", "restart", "mycoswarmd")
+        machine.run("systemctl", "restart", ENGINES_MOUNT)
+        wait_ready(machine)
+        pid = machine.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out.strip()
+        machine.sh(f"mkdir {ENGINES}/{name}")
+        return name in machine.run("ls", f"/proc/{pid}/root{ENGINES}").out.split()
+
+    assert is_seen_when_made_anew("a")
+    # The control: without the bond it goes on with a file system that nobody else sees any more.
+    unit = "/run/systemd/system/mycoswarmd.service"
+    machine.sh(
+        f"sed /^PartOf=/d /usr/lib/systemd/system/mycoswarmd.service > {unit}; systemctl daemon-reload"
+    )
+    assert not is_seen_when_made_anew("b")
+    machine.sh(f"rm {unit}; systemctl daemon-reload")
+    assert is_seen_when_made_anew("c")
 
 
 def test_with_half_a_policy_at_boot_the_last_good_one_holds(fresh: Fresh, suite: str) -> None:
@@ -217,10 +260,20 @@ def _check_it_is_named_at_once(machine: Machine) -> None:
     assert entry["_SYSTEMD_UNIT"] == "mycoswarmd.service"
 
 
+def _hold_the_engines_directory(machine: Machine) -> None:
+    """Have somebody in it, so that it cannot be unmounted."""
+    machine.sh(f"mkdir -p {ENGINES}/held; systemctl stop holder 2>/dev/null || true")
+    held = f"--working-directory={ENGINES}/held"
+    machine.run("systemd-run", "--quiet", "--unit=holder", "--property=Type=exec", held, "sleep", "600")
+    assert machine.run("umount", ENGINES, check=False).code != 0
+
+
 def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images, suite: str) -> None:
     machine, _ = fresh[suite]
     ctl(machine, "keys", "create", "keeper")
+    _hold_the_engines_directory(machine)
     apt(machine, "remove", "mycoswarmd")
+    assert ENGINES not in machine.run("cat", "/proc/self/mounts").out
     assert machine.run("sh", "-c", "command -v mycoswarmctl", check=False).code != 0
     assert machine.run("systemctl", "is-active", "mycoswarmd.socket", check=False).out != "active\n"
     assert machine.run("pgrep", "-f", "mycoswarmd", check=False).out == ""
@@ -237,10 +290,12 @@ def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images,
     assert "keeper" in ctl(machine, "keys", "list").out  # the state was taken up again
     models = "/var/lib/mycoswarm-engine/models"  # on a disk of its own, as gigabytes are
     machine.sh(f"mkdir -p /srv/films; echo kept > /srv/films/film; mount --bind /srv/films {models}")
+    _hold_the_engines_directory(machine)
     purged = apt(machine, "purge", "mycoswarmd")
     said = purged.out + purged.err
     assert "roster" in said and "revoke" in said and "mounted" in said, said
     assert machine.run("cat", "/srv/films/film").out == "kept\n"
+    assert machine.run("find", "/run", "-maxdepth", "1", "-name", "mycoswarm*").out == ""
     assert not machine.path(STATE).exists()
     machine.sh(f"umount {models}; rm -r /var/lib/mycoswarm-engine")
     left = machine.sh(

@@ -1,11 +1,13 @@
 """Settings: every key checked, every engine on this machine, nothing guessed."""
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 
 from mycoswarmd.daemon.outside import make_cages
+from mycoswarmd.daemon.policyfile import shipped_default
 from mycoswarmd.daemon.serve import check
 from mycoswarmd.daemon.settings import (
     ENGINE_DIR,
@@ -17,7 +19,7 @@ from mycoswarmd.daemon.settings import (
     load_settings,
     parse_listen,
 )
-from mycoswarmd.errors import ConfigError
+from mycoswarmd.errors import ConfigError, PolicyInvalid
 from mycoswarmd.sandbox.bwrap import BubblewrapCages
 from mycoswarmd.sandbox.systemdcage import SystemdCages
 from mycoswarmd.wire.proof import Unit
@@ -204,3 +206,28 @@ def test_check_describes_the_service_where_the_node_is_one(
     assert "a service" in said() and "unix socket only" in said()
     assert f"models   {ENGINE_DIR}/models" in said() and "cages    systemd" in said()
     assert "a process" in said(tmp_path)
+
+
+@pytest.mark.parametrize("settings", ["nonsense = 1", "a line that is none", "task_slots = 0", "policy = 7"])
+def test_what_is_wrong_with_the_settings_is_no_failure_of_a_reload(
+    tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_bytes(shipped_default())
+    (tmp_path / "mycoswarm.toml").write_text(settings)
+    given = functools.partial(check, state=tmp_path, config=None, policy=None, listen=None)
+    given(policy_only=True)
+    assert "cannot use settings" in capsys.readouterr().err
+    with pytest.raises(ConfigError):
+        given()
+    policy.write_text("schema = nonsense")
+    with pytest.raises(PolicyInvalid, match=r"policy\.toml"):
+        given(policy_only=True)
+
+
+def test_a_reload_reads_the_policy_that_wrong_settings_name(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_bytes(shipped_default())
+    elsewhere = tmp_path / "elsewhere.toml"
+    (tmp_path / "mycoswarm.toml").write_text(f'policy = "{elsewhere}"\nnonsense = 1')
+    with pytest.raises(PolicyInvalid, match=r"elsewhere\.toml"):
+        check(state=tmp_path, config=None, policy=None, listen=None, policy_only=True)
