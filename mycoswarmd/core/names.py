@@ -1,6 +1,7 @@
 """What names of agents, machines and people look like. Apart, so that to check one loads nothing else."""
 
 import re
+import unicodedata
 from typing import Final
 
 from mycoswarmd.errors import BadRequest
@@ -16,6 +17,12 @@ def check_name(name: str, what: str = "a node") -> None:
     """Refuse what no member, and no swarm, can be called; BadRequest("bad-name")."""
     if not NAME.fullmatch(name):
         raise BadRequest("bad-name", f"cannot call {what} {name[:80]!r}", hint=NAME_HINT, where="name")
+
+
+def named_after(text: str) -> str:
+    """Return the name that is nearest to what is none: no accents, dashes between words; or ""."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-")[:MAX_NAME_CHARS].rstrip("-")
 
 
 def numbered(name: str, number: int) -> str:

@@ -163,7 +163,11 @@ class NodeMachine:
 
     async def doctor(self) -> Sequence[Mapping[str, object]]:
         """Check what is missing or weak on this machine, with the command that fixes it."""
-        checks = [self._policy_check(), self._clock_check(), self._disk_check(), *self._engine_checks()]
+        checks = [
+            _check("settings", is_ok=False, detail=warning, fix="mend that line: mycoswarmd check")
+            for warning in self._settings.warnings
+        ]
+        checks += [self._policy_check(), self._clock_check(), self._disk_check(), *self._engine_checks()]
         checks += [
             _check(f"cage: {fact.name}", is_ok=fact.ok, detail=fact.detail, fix=fact.hint)
             for fact in self._facts.capability().facts

@@ -78,6 +78,8 @@ def run_forever(
 
 def _run(options: Options, manager: Manager) -> None:
     settings = load_settings(options)
+    for warning in settings.warnings:
+        log.warning("%s", warning)
     api_socket, is_held = None, False
     if settings.appliance:
         is_held = forbid_tcp()  # before the first thread
@@ -180,6 +182,8 @@ def check(
             raise
         sys.stderr.write(f"mycoswarmd: {exc}; a node that runs keeps those of its start\n")
         settings = load_settings(options, only=_WHERE_THE_POLICY_IS)
+    for warning in settings.warnings:
+        sys.stderr.write(f"mycoswarmd: {warning}\n")
     listening = f"http://{settings.listen[0]}:{settings.listen[1]}" if settings.listen else "unix socket only"
     if (
         settings.policy_is_given

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from mycoswarmd.core.names import NAME, NAME_HINT
+from mycoswarmd.core.names import NAME, NAME_HINT, named_after
 from mycoswarmd.core.units import parse_duration_s
 from mycoswarmd.errors import ConfigError
 from mycoswarmd.wire.proof import Unit
@@ -73,6 +73,7 @@ class Settings:
         appliance: whether the outside is made of systemd's units, and not of children of this process.
         outposts_dir: where the sockets of those units are.
         engine_runtime_dir: for the sockets and logs of embedded engines.
+        warnings: what was taken otherwise than it is written.
     """
 
     state_dir: Path
@@ -98,6 +99,7 @@ class Settings:
     appliance: bool = False
     outposts_dir: Path = OUTPOSTS_DIR
     engine_runtime_dir: Path
+    warnings: tuple[str, ...] = ()
 
     @property
     def socket_path(self) -> Path:
@@ -221,12 +223,13 @@ def load_settings(options: Options, *, only: Collection[str] | None = None) -> S
     listen_text = listen_text or ("none" if options.appliance else f"127.0.0.1:{DEFAULT_PORT}")
     engine_home = ENGINE_DIR if is_system else state_dir
     engines = values["engines"]
+    node_name, warnings = _node_name(text("node_name"), where)
     return Settings(
         state_dir=state_dir,
         runtime_dir=runtime_dir,
         policy_file=policy_file or beside,
         policy_is_given=policy_file is not None,
-        node_name=_node_name(text("node_name"), where),
+        node_name=node_name,
         listen=parse_listen(listen_text, where),
         swarm_listen=_swarm_listen(options.swarm_listen or text("swarm_listen"), where),
         peers=_peers(values["peers"], where),
@@ -248,6 +251,7 @@ def load_settings(options: Options, *, only: Collection[str] | None = None) -> S
         appliance=options.appliance,
         outposts_dir=options.outposts or OUTPOSTS_DIR,
         engine_runtime_dir=ENGINE_RUNTIME_DIR if is_system else runtime_dir,
+        warnings=warnings,
     )
 
 
@@ -315,13 +319,18 @@ def _swarm_listen(text: str | None, where: str) -> tuple[str, int] | None:
     return found
 
 
-def _node_name(text: str | None, where: str) -> str:
+def _node_name(text: str | None, where: str) -> tuple[str, tuple[str, ...]]:
+    """Return the name and what is to be said of it: a node that ran until now is not stopped by its name."""
     if text is None:
         host = platform.node().split(".")[0]
-        return host if NAME.fullmatch(host) else "node"
-    if not NAME.fullmatch(text):
+        return (host if NAME.fullmatch(host) else "node"), ()
+    if NAME.fullmatch(text):
+        return text, ()
+    near = named_after(text)
+    if not near:
         raise _invalid(where, "node_name", f"cannot be {text[:80]!r}; accepted: {NAME_HINT}")
-    return text
+    said = f"{where}: 'node_name' cannot be {text[:80]!r}, so it is {near!r}; accepted: {NAME_HINT}"
+    return near, (said,)
 
 
 def _cages(text: str | None, where: str, *, is_appliance: bool) -> CageKind:

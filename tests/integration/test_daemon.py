@@ -341,11 +341,14 @@ def test_doctor_says_what_helps_that_engine_and_no_other(
     with (state / "mycoswarm.toml").open("a") as file:
         file.write('[engines.off]\nkind = "ollama"\nurl = "http://127.0.0.1:9"\n')
     text = (state / "mycoswarm.toml").read_text().replace("managed_engine = false", "managed_engine = true")
-    write_private(state / "mycoswarm.toml", text)
+    write_private(state / "mycoswarm.toml", f'node_name = "living room"\n{text}')
     with node(state) as daemon:
         daemon.wait_for_models()
+        assert daemon.call("GET", "/api/status").json["node"] == "living-room"
+        assert "so it is 'living-room'" in daemon.log()
         rows = {row["name"]: row for row in daemon.call("GET", "/api/doctor").json["checks"]}
         assert "systemctl status ollama" in rows["engine: off"]["fix"]
+        assert "so it is 'living-room'" in rows["settings"]["detail"]
         assert rows["engine: up"]["severity"] == "ok"
         assert rows["engine: embedded"]["severity"] == "note"
         assert rows["engine: embedded"]["fix"].startswith("managed_engine = false")

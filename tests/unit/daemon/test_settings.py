@@ -15,6 +15,7 @@ from mycoswarmd.daemon.settings import (
     OUTPOSTS_DIR,
     CageKind,
     Options,
+    Settings,
     check_local_url,
     load_settings,
     parse_listen,
@@ -27,12 +28,35 @@ from mycoswarmd.wire.proof import Unit
 UNITS = Path(__file__).resolve().parents[3] / "systemd"
 
 
-def load(tmp_path: Path, text: str = "") -> object:
+def load(tmp_path: Path, text: str = "") -> Settings:
     (tmp_path / "mycoswarm.toml").write_text(text)
     return load_settings(Options(state=tmp_path))
 
 
-@pytest.mark.parametrize("name", ["my pi", "", "-pi", "x" * 65, "küche"])
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("living room", "living-room"),
+        ("Küche (oben)", "Kuche-oben"),
+        ("-pi", "pi"),
+        ("x" * 65, "x" * 64),
+        ("x" * 63 + " y", "x" * 63),
+    ],
+)
+def test_a_name_that_was_good_until_now_is_turned_into_one_and_said(
+    tmp_path: Path, text: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load(tmp_path, f'node_name = "{text}"')
+    assert settings.node_name == name
+    assert len(settings.warnings) == 1
+    for part in (str(tmp_path / "mycoswarm.toml"), "node_name", repr(text), repr(name), "accepted: 1 to 64"):
+        assert part in settings.warnings[0]
+    check(state=tmp_path, config=None, policy=None, listen=None)
+    assert capsys.readouterr().err == f"mycoswarmd: {settings.warnings[0]}\n"
+    assert load(tmp_path, f'node_name = "{name}"').warnings == ()
+
+
+@pytest.mark.parametrize("name", ["", "---", "居間", "  "])
 def test_a_node_is_not_called_what_is_no_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"mycoswarm\.toml: 'node_name' cannot be .*; accepted: 1 to 64"):
         load(tmp_path, f'node_name = "{name}"')
