@@ -146,7 +146,7 @@ class Api:
                 return Response(status=499)  # it ended before its request was looked at
             line.allow(None)
             response = await _answered(self._serve(listener, line, request))
-            line.allow(KEEPALIVE_S + self._bounds.local_patience_s)
+            line.allow(self._lines.patience_s(line) + (0 if line.is_unproved else KEEPALIVE_S))
             return response
 
         server = LineServer(handle, lines=self._lines, door=listener.door)
@@ -225,6 +225,8 @@ class Api:
         if line.refusal is not None:
             raise line.refusal
         caller = self._doorman.admit(listener, request)
+        if caller.principal.key is not None:
+            self._lines.prove(request, line, caller.principal.key)
         found = self._router.find(request.method, request.path)
         if found is None or (listener.door is Door.TCP and not caller.roles & found[0].who):
             raise self._no_route(caller, request)

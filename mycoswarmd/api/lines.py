@@ -3,7 +3,8 @@
 Law: every connection is counted from the moment it is accepted, in its own kind's bound, so that no kind
 of caller can take the places of another, nor one account those of its neighbours and of the owner. Over the
 bound a caller is told so in one answer; where even those are many, the connection just ends. Who says nothing
-is waited for by the clock. A member's connections can be cut while they answer.
+is waited for by the clock; of programs that have shown no good key yet the oldest makes room. A member's
+connections can be cut while they answer.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -23,6 +25,8 @@ from aiohttp.web_response import StreamResponse
 from mycoswarmd.api.access import Door, uid_of
 from mycoswarmd.api.porch import source_of
 from mycoswarmd.errors import BadRequest, Unavailable
+
+_Share = TypeVar("_Share", str, int)
 
 _SILENT = logging.getLogger("mycoswarmd.silent")
 _SILENT.disabled = True
@@ -41,9 +45,11 @@ _SOURCES = 1024
 class Bounds:
     """How many connections there may be, and how long a stranger may take for each step."""
 
-    local: int = 1024  # on the unix socket, and as many on the API-key listener
+    local: int = 1024  # on the unix socket, and as many with a good key on the API-key listener
     local_of_user: int = 64  # of one account that is neither root nor the node's
     local_kept: int = 128  # of `local`, for root and the node's account alone
+    unproved: int = 512  # on the API-key listener, with no good key yet; more than are accepted in one go
+    of_key: int = 128
     local_patience_s: float = 30.0  # until the first request, and between two when no answer is awaited
     swarm: int = 1024
     member: int = 64
@@ -68,6 +74,7 @@ class Line:
     Attributes:
         node_id: the id of the key that was proved on it, or None.
         uid: whose process is at the other end of a unix socket, or None.
+        key: the name of the API key that a program showed, or "".
         refusal: what its first request is answered with, where there were too many.
         is_endless: it carries an answer that has no end of its own.
     """
@@ -77,6 +84,7 @@ class Line:
     source: str = ""
     node_id: str | None = None
     uid: int | None = None
+    key: str = ""
     refusal: Unavailable | None = None
     is_endless: bool = False
     _timer: asyncio.TimerHandle | None = None
@@ -85,6 +93,11 @@ class Line:
     def is_stranger(self) -> bool:
         """Tell whether somebody unproved is at the other end."""
         return self.door is Door.SWARM and self.node_id is None
+
+    @property
+    def is_unproved(self) -> bool:
+        """Tell whether this may be a program, and no good key was shown yet."""
+        return self.door is Door.TCP and not self.key
 
     def allow(self, seconds: float | None) -> None:
         """Give the other side so long from now; None: no limit. Afterwards the connection ends."""
@@ -114,6 +127,8 @@ class Lines:
     _doors: Counter[str] = field(default_factory=Counter)
     _strangers: Counter[str] = field(default_factory=Counter)
     _users: Counter[int] = field(default_factory=Counter)
+    _unproved: dict[RequestHandler, Line] = field(default_factory=dict)  # oldest first
+    _keys: Counter[str] = field(default_factory=Counter)
     _handshakes: list[_Handshake] = field(default_factory=list)
     _proved: OrderedDict[str, None] = field(default_factory=OrderedDict)  # sources of members
 
@@ -134,8 +149,8 @@ class Lines:
             line.allow(self.bounds.patience_s)
         else:
             line.uid = uid_of(transport) if door is Door.UNIX else None
-            line.allow(self.bounds.local_patience_s)
-        line.refusal = self._too_many(line)
+            line.allow(self.patience_s(line))
+        line.refusal = self._refusal_of(line)
         if line.refusal is not None:
             if len(self.refused) >= self.bounds.refused:
                 line.allow(None)
@@ -145,6 +160,12 @@ class Lines:
             line.allow(self.bounds.patience_s)
         self._lines[handler] = line
         self._count(line, +1)
+        if line.is_unproved:
+            if len(self._unproved) >= self.bounds.unproved:
+                oldest = next(iter(self._unproved))
+                abort(self._lines[oldest].transport)
+                self.closed(oldest)
+            self._unproved[handler] = line
         if line.node_id is not None:
             self._proved[line.source] = None
             self._proved.move_to_end(line.source)
@@ -158,7 +179,23 @@ class Lines:
             return
         line.allow(None)
         self._count(line, -1)
+        self._unproved.pop(handler, None)
         self.refused.discard(handler)
+
+    def patience_s(self, line: Line) -> float:
+        """Return how long to wait for a local caller's next request."""
+        return self.bounds.patience_s if line.is_unproved else self.bounds.local_patience_s
+
+    def prove(self, request: BaseRequest, line: Line, key: str) -> None:
+        """Count a connection on which a good key was shown as that key's; Unavailable when it has enough."""
+        if line.key == key:
+            return
+        if self._keys[key] >= self.bounds.of_key or self._doors[Door.TCP] >= self.bounds.local:
+            raise _too_many()
+        self._count(line, -1)
+        line.key = key
+        self._count(line, +1)
+        self._unproved.pop(request.protocol, None)
 
     def is_known(self, source: str) -> bool:
         """Tell whether some member proved its key from there lately."""
@@ -187,7 +224,7 @@ class Lines:
         assert self.read_id is not None
         return self.read_id(der) if der else None
 
-    def _too_many(self, line: Line) -> Unavailable | None:
+    def _refusal_of(self, line: Line) -> Unavailable | None:
         bounds, open_ = self.bounds, self._doors
         if line.door is Door.UNIX and line.uid not in {0, self.own_uid}:
             is_over = (
@@ -195,8 +232,10 @@ class Lines:
                 or self._users[line.uid] >= bounds.local_of_user
                 or open_[Door.UNIX] >= bounds.local - bounds.local_kept
             )
-        elif line.door is not Door.SWARM:
-            is_over = open_[line.door] >= bounds.local
+        elif line.door is Door.UNIX:
+            is_over = open_[Door.UNIX] >= bounds.local
+        elif line.door is Door.TCP:
+            is_over = False  # the oldest makes room, and a key is counted when it is shown
         elif line.node_id is None:
             of_source = self._strangers[line.source]
             is_over = of_source >= bounds.strangers_of_source or (
@@ -206,13 +245,7 @@ class Lines:
             is_over = (
                 open_[Door.SWARM] >= bounds.swarm or len(self._members.get(line.node_id, ())) >= bounds.member
             )
-        if not is_over:
-            return None
-        return Unavailable(
-            "too-many-connections",
-            "cannot answer on one more connection: there are too many of your kind",
-            hint="close some, or use one for several requests",
-        )
+        return _too_many() if is_over else None
 
     def _make_room(self, of_source: int) -> bool:
         """End the oldest connection of whoever has most, if that is more than the one who wants in."""
@@ -234,17 +267,17 @@ class Lines:
             if line.node_id is not None:
                 self._list_member(line, by)  # it can be cut all the same
             return
+        if line.is_unproved:
+            return
         self._doors[line.door] += by
+        if line.key:
+            _add(self._keys, line.key, by)
         if line.uid is not None:
-            self._users[line.uid] += by
-            if not self._users[line.uid]:
-                del self._users[line.uid]
+            _add(self._users, line.uid, by)
         if line.node_id is not None:
             self._list_member(line, by)
         elif line.door is Door.SWARM:
-            self._strangers[line.source] += by
-            if not self._strangers[line.source]:
-                del self._strangers[line.source]
+            _add(self._strangers, line.source, by)
 
     def _list_member(self, line: Line, by: int) -> None:
         assert line.node_id is not None
@@ -287,6 +320,20 @@ class Lines:
         finally:
             if one in self._handshakes:  # or it had to make room
                 self._handshakes.remove(one)
+
+
+def _add(counter: Counter[_Share], who: _Share, by: int) -> None:
+    counter[who] += by
+    if not counter[who]:
+        del counter[who]
+
+
+def _too_many() -> Unavailable:
+    return Unavailable(
+        "too-many-connections",
+        "cannot answer on one more connection: there are too many of your kind",
+        hint="close some, or use one for several requests",
+    )
 
 
 class LineServer(web.Server):

@@ -17,7 +17,7 @@ from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
 from mycoswarmd.api.room import Size
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Handler, Route
-from tests.integration.apis import API_KEY, Connection, Running, local_user, running_api
+from tests.integration.apis import API_KEY, Answer, Connection, Running, local_user, running_api
 
 pytestmark = pytest.mark.integration
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="asks as several accounts: root is needed")
@@ -31,6 +31,7 @@ for one in held:
 print("held", flush=True)
 sys.stdin.read()
 """
+KNOWN = {"Authorization": f"Bearer {API_KEY}"}
 # More than what is not counted.
 _HALF_A_PROMPT = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {8 << 20}\r\n\r\n" + "x" * (
     100 << 10
@@ -91,17 +92,53 @@ async def test_control_one_bound_for_all_would_keep_root_out() -> None:
 
 
 async def test_who_says_nothing_is_not_waited_for() -> None:
-    async with running_api(bounds=Bounds(local_patience_s=0.2)) as node, node.program() as silent:
+    async with running_api(bounds=Bounds(patience_s=0.2)) as node, node.program() as silent:
         assert await silent.is_closed()
 
 
 async def test_who_breaks_off_after_an_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "KEEPALIVE_S", 0.2)
     async with running_api(bounds=Bounds(local_patience_s=0.2)) as node, node.program() as slow:
-        await slow.send("GET", "/v1/models")
-        await slow.answer()
+        assert (await slow.ask("GET", "/v1/models", headers=KNOWN)).status == 200
         slow.writer.write(b"GET /v1/mod")  # half a head
         assert await slow.is_closed()
+
+
+async def test_connections_without_a_key_keep_no_program_out() -> None:
+    bounds = Bounds(local=4, unproved=4, refused=0)
+    async with running_api(bounds=bounds) as node, AsyncExitStack() as stack:
+
+        async def program() -> Connection:
+            return await stack.enter_async_context(node.program())
+
+        first = await program()
+        assert (await first.ask("GET", "/v1/models", headers=KNOWN)).status == 200
+        silent = [await program() for _ in range(12)]
+        assert all([await one.is_closed() for one in silent[:8]])
+        assert (await first.ask("GET", "/v1/models", headers=KNOWN)).status == 200
+        for _ in range(3):
+            one = await program()
+            assert (await one.ask("GET", "/v1/models", headers=KNOWN)).status == 200
+
+
+async def test_the_connections_of_one_key_are_bounded() -> None:
+    async with running_api(bounds=Bounds(of_key=2)) as node, AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(node.program()) for _ in range(4)]
+        answers = [await one.ask("GET", "/v1/models", headers=KNOWN) for one in held[:3]]
+        assert [one.status for one in answers] == [200, 200, 503]
+        assert answers[2].code == "too-many-connections"
+        assert await held[2].is_closed()
+        assert (await held[1].ask("GET", "/v1/models", headers=KNOWN)).status == 200
+        held[0].writer.transport.abort()
+        async with asyncio.timeout(5):
+            while (await one_answer(node)).status != 200:
+                await asyncio.sleep(0.02)
+
+
+async def one_answer(node: Running) -> Answer:
+    """Ask as a program, on a connection of its own."""
+    async with node.program() as one:
+        return await one.ask("GET", "/v1/models", headers=KNOWN)
 
 
 @pytest.mark.parametrize("each_bytes", [16 << 20, 1 << 30], ids=["bounded", "control"])
@@ -169,9 +206,7 @@ async def test_who_says_how_much_it_will_send_and_does_not_takes_nothing(
         await asyncio.sleep(0.2)
         last = await stack.enter_async_context(node.program())
         async with asyncio.timeout(5):
-            answer = await last.ask(
-                "POST", "/v1/completions", {"model": "none"}, {"Authorization": f"Bearer {API_KEY}"}
-            )
+            answer = await last.ask("POST", "/v1/completions", {"model": "none"}, KNOWN)
         assert answer.status == 400
 
 
@@ -186,7 +221,7 @@ async def test_a_kind_of_caller_takes_the_room_of_its_kind_alone(monkeypatch: py
         await asyncio.sleep(0.2)
         async with asyncio.timeout(5):
             assert (await node.ask(nina, "POST", "/v1/completions", large)).status == 404
-        await other.send("POST", "/v1/completions", large, {"Authorization": f"Bearer {API_KEY}"})
+        await other.send("POST", "/v1/completions", large, KNOWN)
         with pytest.raises(TimeoutError):  # its own kind waits
             async with asyncio.timeout(0.5):
                 await other.answer()
