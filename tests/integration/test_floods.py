@@ -105,7 +105,7 @@ async def test_who_breaks_off_after_an_answer_is_not_waited_for(monkeypatch: pyt
 
 
 async def test_connections_without_a_key_keep_no_program_out() -> None:
-    bounds = Bounds(local=4, unproved=4, refused=0)
+    bounds = Bounds(local=4, unproved=4, refused=0, patience_s=60)
     async with running_api(bounds=bounds) as node, AsyncExitStack() as stack:
 
         async def program() -> Connection:
