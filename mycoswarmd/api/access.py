@@ -95,16 +95,6 @@ class Caller:
         """Tell whether nothing at all was proved."""
         return self.roles is _STRANGER
 
-    @property
-    def counted_as(self) -> str:
-        """Name whose part of what there is it takes: accounts without a name have one together.
-
-        One account may have 65,536 of those (subuid(5)).
-        """
-        principal = self.principal
-        is_nameless = Who.LOCAL in self.roles and principal.user is None and not principal.is_owner
-        return "accounts without a name" if is_nameless else principal.describe()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RosterBook:
@@ -185,6 +175,14 @@ class Doorman:
             # An engine that puts a link to our socket in place of its own would have us ask ourselves,
             # and be the owner.
             raise Unauthenticated("own-call", "cannot answer this node's own call")
+        return self._account(uid, gid)
+
+    def account_of(self, transport: asyncio.BaseTransport) -> Principal:
+        """Name the account whose process is at the other end of a unix socket."""
+        _, uid, gid = _credentials(transport.get_extra_info("socket"))
+        return self._account(uid, gid)
+
+    def _account(self, uid: int, gid: int) -> Principal:
         user, groups = _user_and_groups(uid, gid, int(self._clock.monotonic_s()) // _GROUPS_KEPT_S)
         is_owner = uid in {0, self.own_uid} or OWNER_GROUP in groups
         return Principal(is_owner=is_owner, uid=uid, user=user, groups=groups)
@@ -218,9 +216,13 @@ def with_way_out(exc: MycoswarmError, caller: Caller) -> MycoswarmError:
     return exc
 
 
-def uid_of(transport: asyncio.BaseTransport) -> int:
-    """Return whose process is at the other end of a unix socket."""
-    return _credentials(transport.get_extra_info("socket"))[1]
+def share_of(principal: Principal) -> str:
+    """Name whose part of what there is somebody takes: accounts without a name have one together.
+
+    One account may have 65,536 of those (subuid(5)).
+    """
+    is_nameless = principal.uid is not None and principal.user is None and not principal.is_owner
+    return "accounts without a name" if is_nameless else principal.describe()
 
 
 def _credentials(sock: socket.socket) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
-from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed, with_way_out
+from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed, share_of, with_way_out
 from mycoswarmd.api.call import ROSTER_HEADER, Call
 from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
@@ -106,7 +106,10 @@ class Api:
         self._bounds = bounds or Bounds()
         book = doorman.book
         self._lines = Lines(
-            self._bounds, read_id=book.read_id if book is not None else None, own_uid=doorman.own_uid
+            self._bounds,
+            read_id=book.read_id if book is not None else None,
+            account_of=doorman.account_of,
+            own_uid=doorman.own_uid,
         )
         now_s = services.clock.monotonic_s
         self._knocks = Buckets(monotonic_s=now_s, each=_KNOCKS_OF_EACH, all_=_KNOCKS_OF_ALL)
@@ -347,7 +350,7 @@ class Api:
 
             def take_room(size_bytes: int) -> Awaitable[Keep]:
                 room = self._room_for(caller, route)
-                return held.enter_async_context(room.taken(caller.counted_as, size_bytes))
+                return held.enter_async_context(room.taken(share_of(caller.principal), size_bytes))
 
             body = await _read_body(request, route.body_bytes, take_room)
             if line is not None:

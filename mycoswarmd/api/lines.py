@@ -15,18 +15,16 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
-from mycoswarmd.api.access import Door, uid_of
+from mycoswarmd.api.access import Door, share_of
 from mycoswarmd.api.porch import source_of
+from mycoswarmd.core.types import Principal
 from mycoswarmd.errors import BadRequest, Unavailable
-
-_Share = TypeVar("_Share", str, int)
 
 _SILENT = logging.getLogger("mycoswarmd.silent")
 _SILENT.disabled = True
@@ -47,7 +45,7 @@ class Bounds:
 
     local: int = 1024  # on the unix socket, and as many with a good key on the API-key listener
     local_of_user: int = 64  # of one account that is neither root nor the node's
-    local_kept: int = 128  # of `local`, for root and the node's account alone
+    local_kept: int = 128  # of `local`, for root, the node's account and the owner's group alone
     unproved: int = 512  # on the API-key listener, with no good key yet; more than are accepted in one go
     of_key: int = 128
     local_patience_s: float = 30.0  # until the first request, and between two when no answer is awaited
@@ -73,7 +71,7 @@ class Line:
 
     Attributes:
         node_id: the id of the key that was proved on it, or None.
-        uid: whose process is at the other end of a unix socket, or None.
+        account: whose process is at the other end of a unix socket, or None.
         key: the name of the API key that a program showed, or "".
         refusal: what its first request is answered with, where there were too many.
         is_endless: it carries an answer that has no end of its own.
@@ -83,7 +81,7 @@ class Line:
     door: Door
     source: str = ""
     node_id: str | None = None
-    uid: int | None = None
+    account: Principal | None = None
     key: str = ""
     refusal: Unavailable | None = None
     is_endless: bool = False
@@ -120,13 +118,14 @@ class Lines:
 
     bounds: Bounds = field(default_factory=Bounds)
     read_id: Callable[[bytes], str] | None = None
+    account_of: Callable[[asyncio.BaseTransport], Principal] | None = None
     own_uid: int = 0
     refused: set[RequestHandler] = field(default_factory=set)
     _lines: dict[RequestHandler, Line] = field(default_factory=dict)
     _members: dict[str, set[Line]] = field(default_factory=dict)
     _doors: Counter[str] = field(default_factory=Counter)
     _strangers: Counter[str] = field(default_factory=Counter)
-    _users: Counter[int] = field(default_factory=Counter)
+    _users: Counter[str] = field(default_factory=Counter)
     _unproved: dict[RequestHandler, Line] = field(default_factory=dict)  # oldest first
     _keys: Counter[str] = field(default_factory=Counter)
     _handshakes: list[_Handshake] = field(default_factory=list)
@@ -148,7 +147,9 @@ class Lines:
                 return
             line.allow(self.bounds.patience_s)
         else:
-            line.uid = uid_of(transport) if door is Door.UNIX else None
+            if door is Door.UNIX:
+                assert self.account_of is not None
+                line.account = self.account_of(transport)
             line.allow(self.patience_s(line))
         line.refusal = self._refusal_of(line)
         if line.refusal is not None:
@@ -226,14 +227,12 @@ class Lines:
 
     def _refusal_of(self, line: Line) -> Unavailable | None:
         bounds, open_ = self.bounds, self._doors
-        if line.door is Door.UNIX and line.uid not in {0, self.own_uid}:
-            is_over = (
-                line.uid is None
-                or self._users[line.uid] >= bounds.local_of_user
-                or open_[Door.UNIX] >= bounds.local - bounds.local_kept
+        if line.account is not None:
+            account = line.account
+            is_over = open_[Door.UNIX] >= bounds.local - (0 if account.is_owner else bounds.local_kept) or (
+                account.uid not in {0, self.own_uid}
+                and self._users[share_of(account)] >= bounds.local_of_user
             )
-        elif line.door is Door.UNIX:
-            is_over = open_[Door.UNIX] >= bounds.local
         elif line.door is Door.TCP:
             is_over = False  # the oldest makes room, and a key is counted when it is shown
         elif line.node_id is None:
@@ -272,8 +271,8 @@ class Lines:
         self._doors[line.door] += by
         if line.key:
             _add(self._keys, line.key, by)
-        if line.uid is not None:
-            _add(self._users, line.uid, by)
+        if line.account is not None:
+            _add(self._users, share_of(line.account), by)
         if line.node_id is not None:
             self._list_member(line, by)
         elif line.door is Door.SWARM:
@@ -322,7 +321,7 @@ class Lines:
                 self._handshakes.remove(one)
 
 
-def _add(counter: Counter[_Share], who: _Share, by: int) -> None:
+def _add(counter: Counter[str], who: str, by: int) -> None:
     counter[who] += by
     if not counter[who]:
         del counter[who]

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import pwd
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -11,7 +10,7 @@ from dataclasses import replace
 import pytest
 from aiohttp.web_response import StreamResponse
 
-from mycoswarmd.api import app
+from mycoswarmd.api import access, app
 from mycoswarmd.api.access import Who
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
@@ -36,7 +35,9 @@ KNOWN = {"Authorization": f"Bearer {API_KEY}"}
 _HALF_A_PROMPT = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {8 << 20}\r\n\r\n" + "x" * (
     100 << 10
 )
-# Of ten connections, an account has four and root keeps two for itself.
+# Accounts that every Debian has, each in the group of its name.
+DAEMON, BIN, SYS, NOBODY = 1, 2, 3, 65534
+# Of ten connections, an account has four and owners keep two for themselves.
 FEW = Bounds(local=10, local_of_user=4, local_kept=2, local_patience_s=30)
 NOT_SHARED_OUT = Bounds(local=10, local_of_user=10, local_kept=0, local_patience_s=30)
 
@@ -76,18 +77,37 @@ async def status_of(node: Running, *, uid: int) -> int:
 
 @as_root
 async def test_silent_connections_of_one_account_keep_nobody_else_out() -> None:
-    async with running_api(bounds=FEW) as node, hoarder(node, uid=65534, connections=12):
-        assert await status_of(node, uid=65533) == 200
+    async with running_api(bounds=FEW) as node, hoarder(node, uid=DAEMON, connections=12):
+        assert await status_of(node, uid=BIN) == 200
         assert await status_of(node, uid=0) == 200
-        assert await status_of(node, uid=65534) == 503
-        async with hoarder(node, uid=65532, connections=12):  # a second one: all are taken but root's
-            assert await status_of(node, uid=65533) == 503
+        assert await status_of(node, uid=DAEMON) == 503
+        async with hoarder(node, uid=SYS, connections=12):  # a second one: all are taken but the owners'
+            assert await status_of(node, uid=BIN) == 503
             assert await status_of(node, uid=0) == 200
 
 
 @as_root
+async def test_places_are_kept_for_owners_that_are_not_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "OWNER_GROUP", "bin")
+    async with running_api(bounds=FEW) as node, AsyncExitStack() as stack:
+        for uid in (DAEMON, SYS):
+            await stack.enter_async_context(hoarder(node, uid=uid, connections=12))
+        assert await status_of(node, uid=NOBODY) == 503
+        assert await status_of(node, uid=BIN) == 200
+
+
+@as_root
+async def test_accounts_without_a_name_have_the_connections_of_one() -> None:
+    async with running_api(bounds=FEW) as node, AsyncExitStack() as stack:
+        for uid in (300_000, 300_001):
+            await stack.enter_async_context(hoarder(node, uid=uid, connections=12))
+        assert await status_of(node, uid=300_002) == 503
+        assert await status_of(node, uid=BIN) == 200
+
+
+@as_root
 async def test_control_one_bound_for_all_would_keep_root_out() -> None:
-    async with running_api(bounds=NOT_SHARED_OUT) as node, hoarder(node, uid=65534, connections=12):
+    async with running_api(bounds=NOT_SHARED_OUT) as node, hoarder(node, uid=DAEMON, connections=12):
         assert await status_of(node, uid=0) == 503
 
 
@@ -259,7 +279,7 @@ async def test_accounts_without_a_name_have_the_part_of_one(monkeypatch: pytest.
         for uid in (300_000, 300_001, 300_002):
             await stack.enter_async_context(hoarder(node, uid=uid, connections=1, says=_HALF_A_PROMPT))
         await asyncio.sleep(0.3)
-        bob = await stack.enter_async_context(local_user(node, uid=pwd.getpwnam("nobody").pw_uid))
+        bob = await stack.enter_async_context(local_user(node, uid=NOBODY))
         async with asyncio.timeout(5):
             body = {"model": "none", "prompt": "x" * (200 << 10)}
             assert (await bob.ask("POST", "/v1/completions", body)).status in {403, 404}
