@@ -2,9 +2,9 @@
 
 Law: every connection is counted from the moment it is accepted, in its own kind's bound, so that no kind
 of caller can take the places of another, nor one account those of its neighbours and of the owner. Over the
-bound a caller is told so in one answer; where even those are many, the connection just ends. Who says nothing
-is waited for by the clock; of programs that have shown no good key yet the oldest makes room. A member's
-connections can be cut while they answer.
+bound a caller is told so in one answer; where even those are many, without looking at what it asks, or the
+connection just ends. Who says nothing is waited for by the clock; of programs that have shown no good key yet
+the oldest makes room. A member's connections can be cut while they answer.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from mycoswarmd.api.access import Door, share_of
 from mycoswarmd.api.porch import source_of
 from mycoswarmd.core.types import Principal
 from mycoswarmd.errors import BadRequest, Unavailable
+from mycoswarmd.wire.openai import encode_error
 
 _SILENT = logging.getLogger("mycoswarmd.silent")
 _SILENT.disabled = True
@@ -155,18 +156,18 @@ class Lines:
         if line.refusal is not None:
             if len(self.refused) >= self.bounds.refused:
                 line.allow(None)
-                abort(transport)
+                if door is Door.UNIX:
+                    transport.write(_answer(line.refusal))  # the kernel keeps it for whoever reads
+                    transport.close()
+                else:
+                    abort(transport)
                 return
             self.refused.add(handler)
             line.allow(self.bounds.patience_s)
         self._lines[handler] = line
         self._count(line, +1)
         if line.is_unproved:
-            if len(self._unproved) >= self.bounds.unproved:
-                oldest = next(iter(self._unproved))
-                abort(self._lines[oldest].transport)
-                self.closed(oldest)
-            self._unproved[handler] = line
+            self._let_wait(handler, line)
         if line.node_id is not None:
             self._proved[line.source] = None
             self._proved.move_to_end(line.source)
@@ -182,6 +183,14 @@ class Lines:
         self._count(line, -1)
         self._unproved.pop(handler, None)
         self.refused.discard(handler)
+
+    def _let_wait(self, handler: RequestHandler, line: Line) -> None:
+        """List a connection that may be a program's; the oldest of those makes room."""
+        if len(self._unproved) >= self.bounds.unproved:
+            oldest = next(iter(self._unproved))
+            abort(self._unproved[oldest].transport)
+            self.closed(oldest)
+        self._unproved[handler] = line
 
     def patience_s(self, line: Line) -> float:
         """Return how long to wait for a local caller's next request."""
@@ -333,6 +342,15 @@ def _too_many() -> Unavailable:
         "cannot answer on one more connection: there are too many of your kind",
         hint="close some, or use one for several requests",
     )
+
+
+def _answer(refusal: Unavailable) -> bytes:
+    body = encode_error(refusal)
+    head = (
+        f"HTTP/1.1 {refusal.http_status} Service Unavailable\r\nContent-Type: application/json\r\n"
+        f"Retry-After: {refusal.retry_after_s}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
 
 
 class LineServer(web.Server):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from aiohttp.web_response import StreamResponse
@@ -16,6 +17,8 @@ from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
 from mycoswarmd.api.room import Size
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Handler, Route
+from mycoswarmd.ctl.unixhttp import open_answer
+from mycoswarmd.errors import Unavailable
 from tests.integration.apis import API_KEY, Answer, Connection, Running, local_user, running_api
 
 pytestmark = pytest.mark.integration
@@ -109,6 +112,17 @@ async def test_accounts_without_a_name_have_the_connections_of_one() -> None:
 async def test_control_one_bound_for_all_would_keep_root_out() -> None:
     async with running_api(bounds=NOT_SHARED_OUT) as node, hoarder(node, uid=DAEMON, connections=12):
         assert await status_of(node, uid=0) == 503
+
+
+async def test_who_is_one_too_many_hears_it_also_where_those_are_many() -> None:
+    def ask(path: Path) -> None:
+        with open_answer(path, "GET", "/v1/models", None, {}, timeout_s=10):
+            pass
+
+    async with running_api(bounds=Bounds(local=0, refused=0)) as node:
+        for _ in range(20):
+            with pytest.raises(Unavailable, match="too many of your kind"):
+                await asyncio.to_thread(ask, node.unix)
 
 
 async def test_who_says_nothing_is_not_waited_for() -> None:
