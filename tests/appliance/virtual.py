@@ -263,6 +263,7 @@ class VirtualMachine(Shell):
             "rootfstype=ext4",
             "console=ttyS0",
             "panic=-1",
+            "mitigations=off",  # of a processor that is emulated: they cost, and there is nobody to spy
             "systemd.show_status=error",  # its animations are dear
             f"systemd.hostname={self.name}",
             *([] if "ro" in words else ["rw"]),
