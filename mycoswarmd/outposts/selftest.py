@@ -218,13 +218,23 @@ def _doors_in_sight(given: tuple[str, ...]) -> Callable[[Unit], Check]:
         except OSError as exc:
             return Check(name, None, f"{exc.filename}: {_said(exc)}")
         said = [f"{count} in sight, all given" if count else "none in sight"]
-        if _SSSD in known and os.access(_SSSD, os.F_OK):
+        if _SSSD in known and _holds_something(_SSSD):
             said.append("sssd's beside")
         if unlisted:
             said.append(f"not looked into, of {_ETC}: {len(unlisted)}, such as {unlisted[0]}")
         return Check(name, ok=True, detail="; ".join(said))
 
     return check
+
+
+def _holds_something(directory: str) -> bool:
+    """Tell whether a directory is more than the place for a mount that was there before."""
+    try:
+        return any(Path(directory).iterdir())
+    except PermissionError:
+        return True
+    except OSError:
+        return False
 
 
 def _mode(path: str) -> int:

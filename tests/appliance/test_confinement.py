@@ -260,7 +260,9 @@ def test_doctor_names_each_file_that_systemd_takes_lines_from(machine: Machine) 
             told = machine.run("mycoswarmctl", "doctor", check=False).out
             assert path in told, (path, told)
         finally:
-            machine.sh(f"rm {path}; systemctl daemon-reload")
+            machine.sh(
+                f"rm {path}; rmdir --ignore-fail-on-non-empty {Path(path).parent}; systemctl daemon-reload"
+            )
         assert path not in machine.run("mycoswarmctl", "doctor", check=False).out
 
 
