@@ -155,6 +155,13 @@ class CageError(MycoswarmError):
     http_status = 502
 
 
+class CageNotUp(CageError):
+    """A cage did not come up this time, and was told nothing. Time may cure it: a busy boot, an upgrade."""
+
+    http_status = 503
+    retryable = True
+
+
 class StoreError(MycoswarmError):
     """The disk or the database refused: full, damaged, locked by another daemon, newer."""
 

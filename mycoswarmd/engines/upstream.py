@@ -364,7 +364,7 @@ class Upstream(Exchange):
 
     async def _send_once(self, path: str, body: bytes | None) -> aiohttp.ClientResponse:
         if self._session is None:
-            raise self._down("it is not running")
+            raise self.down("it is not running")
         return await self._session.request(
             "GET" if body is None else "POST",
             self._address.base_url + path,
@@ -380,9 +380,10 @@ class Upstream(Exchange):
                 f"cannot trust engine {self._engine!r}: another process listens on its socket",
                 hint="a model file may have taken over its engine: remove the newest, restart mycoswarmd",
             )
-        return self._down(_why(exc) + since)
+        return self.down(_why(exc) + since)
 
-    def _down(self, cause: str) -> Unavailable:
+    def down(self, cause: str) -> Unavailable:
+        """Make the error for an engine that is not there, for now."""
         return Unavailable(
             "engine-down",
             f"cannot reach engine {self._engine!r}: {cause}",

@@ -421,5 +421,8 @@ class CageMaker(Protocol):
         ...
 
     async def open(self, spec: CageSpec) -> CageSession:
-        """Start a cage and have it prove itself; CageError("cage-unproved" or "cage-setup") otherwise."""
+        """Start a cage and have it prove itself; CageError("cage-unproved" or "cage-setup") otherwise.
+
+        CageNotUp, with the same codes, where it may come up another time.
+        """
         ...

@@ -39,7 +39,7 @@ Whole = TypeVar("Whole", Answer, Embeddings)
 # Bound on what is remembered of a name that nobody serves, for messages.
 _NAME_SHOWN = 80
 _PEER = "peer"
-_NOT_UP = frozenset({"starting", "down"})
+_NOT_UP = frozenset({"starting", "down", "stopped"})
 _DAY_S = 86_400
 _MINUTE_S = 60
 

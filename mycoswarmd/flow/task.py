@@ -15,7 +15,16 @@ from mycoswarmd.core.policy.evaluate import NeedsApproval, Permit, evaluate
 from mycoswarmd.core.policy.model import Policy
 from mycoswarmd.core.tasks import FINAL, MAX_ATTEMPTS, Task, TaskSpec, TaskState, retry_delay_ms, tries
 from mycoswarmd.core.types import Action, Principal, Request, TaskId
-from mycoswarmd.errors import BadRequest, Conflict, Denied, MycoswarmError, NotFound, StoreError, Unavailable
+from mycoswarmd.errors import (
+    BadRequest,
+    CageNotUp,
+    Conflict,
+    Denied,
+    MycoswarmError,
+    NotFound,
+    StoreError,
+    Unavailable,
+)
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.attempt import Attempt, AttemptEnd, Suspended, Tools
 from mycoswarmd.flow.ports import (
@@ -311,6 +320,7 @@ class Tasks:
         except MycoswarmError as exc:
             if (end := running.ended_by()) is not None:  # a killed cage says so in its own words
                 return end
+            has_begun = has_begun and not isinstance(exc, CageNotUp)
             return self._after_error(task, exc, may_repeat=task.spec.repeatable or not has_begun)
 
     def _after_error(self, task: Task, exc: MycoswarmError, *, may_repeat: bool) -> AttemptEnd:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mycoswarmd.errors import CageError
+from mycoswarmd.errors import CageNotUp
 
 # How long bubblewrap has to name its init or to collect it; it needs a millisecond.
 COLLECT_S = 1.0
@@ -62,7 +62,7 @@ class Child:
                 start_new_session=True,  # a Ctrl-C in the terminal is the daemon's, not its children's
             )
         except OSError as exc:
-            raise CageError("cage-setup", f"cannot start {argv[0]!r}: {exc.strerror}") from exc
+            raise CageNotUp("cage-setup", f"cannot start {argv[0]!r}: {exc.strerror}") from exc
         self.pid = self._process.pid
         self._pidfd: int | None = os.pidfd_open(self.pid)
         self._info_fd = info_fd

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from mycoswarmd.core.types import Proof, SandboxLevel
-from mycoswarmd.errors import BadRequest, CageError
+from mycoswarmd.errors import BadRequest, CageError, CageNotUp
 from mycoswarmd.sandbox.child import Child, describe_end
 from mycoswarmd.wire.frames import HEADER, Frame, FrameType, decode_frame, decode_header, encode_frame
 
@@ -59,14 +59,14 @@ class Session(abc.ABC):
                 self._proof = await self._check(answer, confine)
         except TimeoutError as exc:
             await self.close()
-            raise CageError("cage-unproved", f"cannot use the cage: no proof within {PROOF_S:.0f} s") from exc
+            raise CageNotUp("cage-unproved", f"cannot use the cage: no proof within {PROOF_S:.0f} s") from exc
         except CageError as exc:
             await self.close()
             if exc.code != "cage-gone":
                 raise
             # No task was sent yet, so its last words cannot hold any of it.
             words = self._last_words()
-            raise CageError("cage-setup", f"{exc.message}: {words}" if words else exc.message) from exc
+            raise CageNotUp("cage-setup", f"{exc.message}: {words}" if words else exc.message) from exc
         except BaseException:
             await self.close()
             raise

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from mycoswarmd.core.types import CageSpec, Proof, SandboxLevel
-from mycoswarmd.errors import CageError
+from mycoswarmd.errors import CageError, CageNotUp
 from mycoswarmd.sandbox.child import wait_readable
 from mycoswarmd.sandbox.host import Host, check_programs, read_host
 from mycoswarmd.sandbox.seccomp import build_filter
@@ -168,7 +168,7 @@ class SystemdCages:
             self._check_listener(near)
         except OSError as exc:  # TimeoutError is one
             near.close()
-            raise CageError(
+            raise CageNotUp(
                 "cage-setup",
                 f"cannot reach systemd for a cage: {exc.strerror or 'it does not answer'}",
                 hint=HINT,
@@ -223,7 +223,7 @@ class SystemdSession(Session):
         except OSError as exc:
             near.close()
             why = "it does not answer" if isinstance(exc, TimeoutError) else exc.strerror
-            raise CageError("cage-setup", f"cannot use the cage: {why}", hint=HINT) from exc
+            raise CageNotUp("cage-setup", f"cannot use the cage: {why}", hint=HINT) from exc
         except BaseException:
             near.close()
             raise
@@ -296,7 +296,7 @@ def read_sender(near: socket.socket) -> Peer:
     """Return who sent the first byte that waits on a socket, and leave it there."""
     data, control, _, _ = near.recvmsg(1, socket.CMSG_SPACE(CREDENTIALS.size), socket.MSG_PEEK)
     if not data:
-        raise CageError(
+        raise CageNotUp(
             "cage-setup", "cannot use the cage: its unit ended before it said anything", hint=HINT
         )
     for level, kind, value in control:

@@ -60,16 +60,17 @@ def ring():
 
 
 places = set()
+link = "link-" + os.urandom(8).hex()  # several look at once
 for top, directories, _ in os.walk("/"):
     unlike = {"/proc", "/sys", "/usr", "/etc"}
     directories[:] = [one for one in directories if os.path.join(top, one) not in unlike]
     try:
-        os.symlink("a", os.path.join(top, "a-link"))
+        os.symlink("a", os.path.join(top, link))
     except OSError:
         continue
     places.add(top)
     directories.clear()
-    os.unlink(os.path.join(top, "a-link"))
+    os.unlink(os.path.join(top, link))
 try:
     said = ring()
 except OSError as exc:

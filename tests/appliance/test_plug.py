@@ -55,14 +55,16 @@ class Connection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect("/run/mycoswarm/api.sock")
 final = {"succeeded", "failed", "cancelled", "expired", "parked"}
-found = {}
+found, why = {}, {}
 for task in sys.stdin.read().split():
     connection = Connection("mycoswarm")
     connection.request("GET", f"/api/tasks/{task}/events")
     events = [json.loads(line) for line in connection.getresponse().read().splitlines()]
-    found[task] = [e["data"]["to"] for e in events if e["kind"] == "state" and e["data"]["to"] in final]
+    states = [e["data"] for e in events if e["kind"] == "state"]
+    found[task] = [state["to"] for state in states if state["to"] in final]
+    why[task] = [state for state in states if state.get("code")]
     connection.close()
-print(json.dumps(found))
+print(json.dumps([found, why]))
 """
 # Connects, asks and goes, ten times a second.
 _HAMMER = """
@@ -140,9 +142,9 @@ def check_all_ended_once(machine: Shell, acknowledged: list[str], *, within_s: f
             break
         assert time.monotonic() < give_up_s, {t: s for t, s in states.items() if s not in _FINAL}
         time.sleep(0.5)
-    ended = json.loads(machine.run("python3", "/opt/ends.py", stdin="\n".join(acknowledged)).out)
+    ended, why = json.loads(machine.run("python3", "/opt/ends.py", stdin="\n".join(acknowledged)).out)
     assert set(ended) == set(acknowledged)
-    assert {task: ends for task, ends in ended.items() if ends != ["succeeded"]} == {}
+    assert {task: why[task] for task, ends in ended.items() if ends != ["succeeded"]} == {}
     ctl(machine, "audit", "verify")
     return states
 
@@ -192,6 +194,16 @@ def test_a_core_that_could_not_start_for_a_minute_is_back_in_seconds(hammered: H
     time.sleep(3)
     assert ctl(machine, "status", check=False).code == 4
     machine.sh("rm -r /etc/systemd/system/mycoswarmd.*.d; systemctl daemon-reload; systemctl reset-failed")
+
+
+def test_a_task_waits_for_its_cage(node: Machine) -> None:
+    node.run("systemctl", "stop", "mycoswarm-task.socket")
+    # The first may have the cage that was ready.
+    submit = ("submit", "--agent", "scribe", "--model", "agent")
+    posted = [ctl(node, *submit, *words).out.strip() for words in (["one"], ["--once", "two"])]
+    node.wait_until(f"mycoswarmctl task {posted[-1]} --json | grep -q cage-setup")
+    node.run("systemctl", "start", "mycoswarm-task.socket")
+    check_all_ended_once(node, posted)
 
 
 def test_a_pulled_plug_loses_no_task(node: Machine) -> None:

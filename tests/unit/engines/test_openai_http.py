@@ -382,6 +382,22 @@ async def test_more_prompts_than_places_wait_and_too_many_are_refused(
         assert (engine.health().running, engine.health().waiting) == (0, 0)
 
 
+async def test_a_prompt_whose_engine_fell_away_while_it_waited_may_come_again() -> None:
+    # Not "no such model", which would end a task for good.
+    scripts = {**OPENAI, CHAT: forever}
+    async with serving(scripts) as fake, running(engine_for(fake, concurrency=1)) as engine:
+        async with aclosing(engine.stream(permit_for("small"), chat(stream=True))) as stream:
+            await anext(stream)
+            waits = asyncio.create_task(engine.complete(permit_for("small"), chat()))
+            await until(lambda: engine.health().waiting == 1)
+            fake.scripts.clear()
+            await engine.refresh()
+            assert engine.health().state == "down"
+        with pytest.raises(Unavailable) as caught:
+            await waits
+        assert caught.value.code == "engine-down"
+
+
 async def test_waiting_for_a_place_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving({**OPENAI, CHAT: forever}) as fake, running(engine_for(fake, concurrency=1)) as engine:
         monkeypatch.setattr(engine._slots, "_wait_s", 0.05)
@@ -399,7 +415,7 @@ async def test_a_server_that_is_down_serves_nothing_and_comes_back() -> None:
         assert engine.health().state == "down"
         assert "nothing answers" in engine.health().detail
         assert engine.models() == ()
-        with pytest.raises(NotFound):
+        with pytest.raises(Unavailable, match="it is down"):
             await engine.complete(permit_for("small"), chat())
     with tempfile.TemporaryDirectory() as directory:
         socket = Path(directory) / "s"
@@ -533,9 +549,9 @@ async def test_an_ollama_server_serves_nothing_here_for_it_may_pass_prompts_on()
             assert engine.health().state == "down"
             assert IS_OLLAMA in engine.health().detail
             for model in ("qwen3:480b-cloud", "llama3:8b"):
-                with pytest.raises(NotFound):
+                with pytest.raises(Unavailable):
                     await engine.complete(permit_for(model), chat(model))
-                with pytest.raises(NotFound):
+                with pytest.raises(Unavailable):
                     await deltas_of(engine, chat(model, stream=True))
             await until(lambda: fake.paths().count("/api/version") >= 2)
             assert engine.models() == ()
