@@ -11,6 +11,7 @@ from tests.appliance.images import image
 from tests.appliance.machines import Lab, Machine, lab
 from tests.appliance.nodes import (
     Swarm,
+    boot_with_engine,
     build_deb,
     ctl,
     ctl_json,
@@ -18,7 +19,6 @@ from tests.appliance.nodes import (
     install,
     installed_layer,
     invite,
-    start_engine,
     wait_ready,
 )
 
@@ -112,10 +112,9 @@ def swarm(appliance_lab: Lab, images: Images) -> Swarm:
     )
 
     def prepare(machine: Machine) -> None:
-        machine.wait_booted()
         if machine is made.two:
-            start_engine(machine)
-            machine.run("systemctl", "restart", "mycoswarmd")
+            boot_with_engine(machine)
+        machine.wait_booted()
         wait_ready(machine)
 
     in_parallel(*(lambda machine=machine: prepare(machine) for machine in made))

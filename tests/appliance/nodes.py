@@ -3,12 +3,13 @@
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.appliance.machines import Lab, Machine, Ran, Shell
+from tests.appliance.machines import CommandFailed, Lab, Machine, Ran, Shell
 
 ROOT = Path(__file__).parents[2]
 ENGINE_PORT = 8000
@@ -16,6 +17,7 @@ SETTINGS = "/etc/mycoswarm/mycoswarm.toml"
 POLICY = "/etc/mycoswarm/policy.toml"
 STATE = "/var/lib/mycoswarm"
 ENGINE_TABLE = f'\n[engines.fake]\nkind = "openai"\nurl = "http://127.0.0.1:{ENGINE_PORT}"\n'
+NODE_API = (Path(__file__).parent / "node_api.py").read_text()
 FINAL = frozenset({"succeeded", "failed", "cancelled", "expired", "parked"})
 
 
@@ -95,9 +97,18 @@ def ctl_json(machine: Shell, *argv: str, user: str | None = None, timeout_s: flo
     return value
 
 
+def node_api(machine: Shell, *words: str, timeout_s: float = 60) -> Any:
+    """Run node_api.py on the machine and return the JSON that it prints."""
+    try:
+        return json.loads(machine.run("python3", "-Ic", NODE_API, *words, timeout_s=timeout_s).out)
+    except subprocess.TimeoutExpired:
+        said = ctl(machine, "status", check=False)
+        raise CommandFailed(f"on {machine.name}: not within {timeout_s} s: {words}; {said}") from None
+
+
 def wait_ready(machine: Shell, *, within_s: float = 30) -> None:
     """Wait until the node answers."""
-    machine.wait_until("mycoswarmctl status", within_s=within_s)
+    node_api(machine, "get", "/api/status", timeout_s=within_s)
 
 
 def start_engine(machine: Shell, *, pause_s: float = 0.0) -> None:
@@ -108,6 +119,14 @@ def start_engine(machine: Shell, *, pause_s: float = 0.0) -> None:
     text = machine.run("cat", SETTINGS, check=False).out
     if ENGINE_TABLE not in text:
         machine.write(SETTINGS, text + ENGINE_TABLE)
+
+
+def boot_with_engine(machine: Machine) -> None:
+    """Wait until a machine with the package is a node with an engine beside it."""
+    machine.wait_booted()
+    start_engine(machine)
+    machine.run("systemctl", "restart", "mycoswarmd")
+    wait_ready(machine)
 
 
 def restart_engine(machine: Shell, *, pause_s: float = 0.0) -> None:
@@ -156,10 +175,17 @@ def submit(machine: Shell, prompt: str, *argv: str) -> str:
     return ctl(machine, "submit", "--model", "agent", *argv, prompt).out.strip()
 
 
-def wait_task(machine: Shell, task_id: str, *, within_s: float = 60) -> dict[str, Any]:
-    """Wait until a task has ended and return it."""
-    condition = f'mycoswarmctl task {task_id} --json | grep -Eq \'"state": ?"({"|".join(sorted(FINAL))})"\''
-    machine.wait_until(condition, within_s=within_s)
-    task = ctl_json(machine, "task", task_id)["task"]
+def wait_task(machine: Shell, task_id: str, *states: str, within_s: float = 60) -> dict[str, Any]:
+    """Wait until a task is in one of these states, else until it has ended, and return it."""
+    task = node_api(machine, "wait", ",".join(states or FINAL), task_id, timeout_s=within_s)[task_id]
     assert isinstance(task, dict)
     return task
+
+
+def wait_all_succeeded(machine: Shell, acknowledged: Sequence[str], *, within_s: float = 90) -> None:
+    """Wait until every acknowledged task has ended: once, with success. The receipts are whole then."""
+    node_api(machine, "wait", ",".join(FINAL), *acknowledged, timeout_s=within_s)
+    steps = node_api(machine, "steps", *acknowledged)
+    ends = {task: [step["to"] for step in steps[task] if step["to"] in FINAL] for task in acknowledged}
+    assert {task: steps[task] for task in acknowledged if ends[task] != ["succeeded"]} == {}
+    ctl(machine, "audit", "verify")

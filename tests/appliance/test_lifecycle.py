@@ -214,7 +214,7 @@ def test_an_upgrade_from_an_older_build_keeps_the_state_the_edits_and_the_promis
     restart_engine(machine, pause_s=120)  # nothing ends by itself while apt takes its time
     once = submit(machine, "in the middle, never twice", "--once")
     running = submit(machine, "in the middle")
-    machine.wait_until(f'mycoswarmctl task {once} --json | grep -q \'"state": "running"\'')
+    wait_task(machine, once, "running")
     waiting = [submit(machine, f"in the queue {number}") for number in range(6)]
     assert ctl_json(machine, "task", waiting[-1])["task"]["state"] == "queued"
 
@@ -233,7 +233,7 @@ def test_an_upgrade_from_an_older_build_keeps_the_state_the_edits_and_the_promis
     assert ends.pop(once) == "parked"  # it may not run twice: a person decides
     assert set(ends.values()) == {"succeeded"}, ends
     ctl(machine, "retry", once)
-    machine.wait_until(f'mycoswarmctl task {once} --json | grep -q \'"state": "succeeded"\'')
+    wait_task(machine, once, "succeeded")
     ctl(machine, "audit", "verify")
     assert ctl_json(machine, "audit", "head")["seq"] > head["seq"]
     assert machine.run("systemctl", "--failed", "--no-legend", check=False).out == ""

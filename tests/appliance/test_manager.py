@@ -8,7 +8,7 @@ import pytest
 from mycoswarmd.daemon.journal import EVENTS
 from tests.appliance.conftest import Images
 from tests.appliance.machines import Lab, Machine
-from tests.appliance.nodes import ctl, restart_engine, start_engine, submit, wait_ready, wait_task
+from tests.appliance.nodes import boot_with_engine, ctl, restart_engine, submit, wait_ready, wait_task
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -17,16 +17,9 @@ pytestmark = pytest.mark.timeout(300)
 def node(appliance_lab: Lab, images: Images) -> Iterator[Machine]:
     """A node with an engine."""
     machine = appliance_lab.machine("managed", *images.node_trixie)
-    machine.wait_booted()
-    start_engine(machine)
-    machine.run("systemctl", "restart", "mycoswarmd")
-    wait_ready(machine)
+    boot_with_engine(machine)
     yield machine
     machine.pull_plug()
-
-
-def _is_running(task: str) -> str:
-    return f'mycoswarmctl task {task} --json | grep -q \'"state": "running"\''
 
 
 def test_what_is_in_hand_when_the_node_is_told_to_stop_is_not_lost(node: Machine) -> None:
@@ -35,7 +28,7 @@ def test_what_is_in_hand_when_the_node_is_told_to_stop_is_not_lost(node: Machine
         assert asking.stdout is not None and asking.stdout.read(3) == b"w0 "
         once = submit(node, "in hand, never twice", "--once")
         tasks = [submit(node, f"in hand or in the queue {number}") for number in range(3)]
-        node.wait_until(_is_running(once))
+        wait_task(node, once, "running")
         node.sh("systemctl stop mycoswarmd.service", timeout_s=25)  # TimeoutStopSec= would be 30
         out, _ = asking.communicate(timeout=10)
         assert asking.returncode == 4 and b"went away" in out, (asking.returncode, out[-500:])

@@ -17,16 +17,18 @@ from tests.appliance.machines import Lab
 from tests.appliance.nodes import (
     ENGINE_PORT,
     ENGINE_TABLE,
+    NODE_API,
     POLICY,
     ROOT,
     SETTINGS,
     STATE,
     ctl,
     ctl_json,
+    node_api,
+    wait_all_succeeded,
     wait_ready,
     wait_task,
 )
-from tests.appliance.test_plug import ENDS, POSTER, check_all_ended_once
 from tests.appliance.virtual import Disk, VirtualMachine, kernel, why_not
 
 pytestmark = [
@@ -97,6 +99,31 @@ used = (value("cpu.stat", "usage_usec") - used) / 1e6 / (time.monotonic() - bega
 refused = value("pids.events", "max") - refused
 print(json.dumps({"processes": value("pids.current"), "refused": refused > 0, "processors": used}))
 """
+# The core, which takes more memory than it may have while /etc/balloon has its process's number in it.
+BALLOON = """
+import os, runpy, threading, time
+def breathe():
+    held = []
+    while True:
+        time.sleep(0.1)
+        with open("/etc/balloon") as file:
+            is_wanted = file.read().strip() == str(os.getpid())
+        if not is_wanted:
+            held.clear()
+        elif not held:
+            for _ in range(136):
+                held.append(bytearray(b"x") * (8 << 20))
+                time.sleep(0.02)
+threading.Thread(target=breathe, daemon=True).start()
+runpy.run_path("/usr/sbin/mycoswarmd", run_name="__main__")
+"""
+BALLOON_UNIT = """[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -I /usr/local/lib/balloon.py run --appliance
+"""
+CORE_BYTES_MAX = 1 << 30
+# What runs beside the core and has to go on, whatever becomes of it.
+BESIDE = ("mycoswarm-lan", "fake-engine", "dbus", "systemd-journald", "systemd-logind")
 # Says the number of each row that it has put into a database of the kind of the node's, but not made sure.
 UNSURE = """
 import itertools, sqlite3, time
@@ -143,8 +170,7 @@ def engine_files(settings: str) -> dict[str, str]:
         for path in ("tests/upstream.py", "tests/appliance/virtual_engine.py")
     }
     return files | {
-        "/opt/poster.py": POSTER,
-        "/opt/ends.py": ENDS,
+        "/opt/node_api.py": NODE_API,
         "/opt/fake/calls.json": json.dumps(CALLS),
         "/etc/systemd/system/fake-engine.service": ENGINE_UNIT,
         SETTINGS: settings + ENGINE_TABLE,
@@ -168,7 +194,7 @@ def engine_layer(home: Path, package: Path) -> Path:
 def post(machine: VirtualMachine, kind: str, *, agent: str = "coder") -> str:
     """Post a task of a kind that CALLS knows; return its id. One that is steady waits for `go_on`."""
     machine.run("rm", "-f", "/opt/fake/go")
-    return ctl(machine, "submit", "--model", "agent", "--agent", agent, f"a {kind} task").out.strip()
+    return str(node_api(machine, "post", f"a {kind} task", agent, "agent"))
 
 
 def go_on(machine: VirtualMachine) -> None:
@@ -191,9 +217,14 @@ def virtual(lab: Lab, suite: str, name: str, *layers: Path) -> Iterator[VirtualM
 
 def checks_of(machine: VirtualMachine, unit: str) -> dict[str, bool | None]:
     """Return what a unit has proved of itself."""
-    proofs = ctl_json(machine, "status", "--security")["security"]["proofs"]
+    proofs = node_api(machine, "get", "/v1/security")["proofs"]
     row = next(row for row in proofs if row["unit"] == unit)
     return {str(check["name"]): check["ok"] for check in row["checks"]}
+
+
+def property_of(machine: VirtualMachine, name: str, *units: str) -> list[str]:
+    """Return a property of units, as systemd says it."""
+    return machine.run("systemctl", "show", "-P", name, *units).out.split()
 
 
 @pytest.fixture(scope="module")
@@ -238,11 +269,53 @@ def test_a_task_that_takes_too_much_memory_ends_alone(debian12: VirtualMachine) 
     # It was the bound of the cage that ended it, and all of it, and nothing beside it.
     assert "Failed with result 'oom-kill'" in debian12.journal("-u", "mycoswarm-task@*")
     assert "constraint=CONSTRAINT_MEMCG" in debian12.journal("-k")
-    assert ctl_json(debian12, "task", steady)["task"]["state"] == "running"
+    assert wait_task(debian12, steady, "running")
     assert debian12.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out == core
     go_on(debian12)
     assert wait_task(debian12, steady)["state"] == "succeeded"
     ctl(debian12, "audit", "verify")
+
+
+def test_a_core_that_takes_too_much_memory_loses_nothing(debian12: VirtualMachine) -> None:
+    debian12.write("/usr/local/lib/balloon.py", BALLOON)
+    debian12.write("/etc/balloon", "")
+    blow = "systemctl show -P MainPID mycoswarmd > /etc/balloon"
+    debian12.write("/run/systemd/system/mycoswarmd.service.d/balloon.conf", BALLOON_UNIT)
+    debian12.sh("systemctl daemon-reload; systemctl restart mycoswarmd")
+    wait_ready(debian12)
+    assert checks_of(debian12, "core")["memory"] and checks_of(debian12, "lan")["memory"]
+    tasks = [post(debian12, "steady") for _ in range(2)]
+    wait_task(debian12, tasks[0], "running")
+    beside, core = (property_of(debian12, "MainPID", *units) for units in (BESIDE, ["mycoswarmd"]))
+    current = 'test "$(systemctl show -P MemoryCurrent mycoswarmd)"'
+
+    # The control: without the bound it is not a matter of life and death.
+    debian12.run("systemctl", "set-property", "--runtime", "mycoswarmd", "MemoryMax=infinity")
+    debian12.sh(blow)
+    debian12.wait_until(f"{current} -gt {CORE_BYTES_MAX + (32 << 20)}", within_s=60)
+    wait_ready(debian12)
+    debian12.write("/etc/balloon", "")
+    debian12.wait_until(f"{current} -lt {CORE_BYTES_MAX // 2}", within_s=60)
+    assert property_of(debian12, "MainPID", "mycoswarmd") == core
+
+    debian12.sh(
+        "rm /run/systemd/system.control/mycoswarmd.service.d/50-MemoryMax.conf; systemctl daemon-reload"
+    )
+    bound = debian12.run("cat", "/sys/fs/cgroup/system.slice/mycoswarmd.service/memory.max").out
+    assert int(bound) == CORE_BYTES_MAX, bound
+    debian12.sh(blow)
+    debian12.wait_until("test $(systemctl show -P NRestarts mycoswarmd) = 1", within_s=60)
+    wait_ready(debian12)
+    assert "Failed with result 'oom-kill'" in debian12.journal("-u", "mycoswarmd")
+    kernel_said = debian12.journal("-k")
+    assert "oom_memcg=/system.slice/mycoswarmd.service" in kernel_said
+    assert "constraint=CONSTRAINT_NONE" not in kernel_said
+    assert property_of(debian12, "MainPID", *BESIDE) == beside and len(beside) == len(BESIDE)
+    go_on(debian12)
+    wait_all_succeeded(debian12, tasks)
+    debian12.sh("rm -r /run/systemd/system/mycoswarmd.service.d; systemctl daemon-reload")
+    debian12.sh("systemctl restart mycoswarmd")
+    wait_ready(debian12)
 
 
 def test_a_fork_bomb_in_a_cage_is_bounded_and_the_node_goes_on(debian12: VirtualMachine) -> None:
@@ -266,16 +339,17 @@ def test_a_fork_bomb_in_a_cage_is_bounded_and_the_node_goes_on(debian12: Virtual
 
 def test_no_task_is_lost_with_the_power(debian12: VirtualMachine) -> None:
     # What has always to be there: as much on this disk as the node may need.
-    before = {str(row["id"]): row["state"] for row in ctl_json(debian12, "tasks", "--limit", "1000")["tasks"]}
+    wait_task(debian12, post(debian12, "plain"))
+    before = node_api(debian12, "get", "/api/tasks?limit=1000")["tasks"]
     steady = post(debian12, "steady", agent="scribe")
-    debian12.wait_until(f"mycoswarmctl task {steady} --json | grep -q '\"running\"'", within_s=60)
+    wait_task(debian12, steady, "running")
     with (
         debian12.start("python3", "-c", UNSURE) as unsure,
         debian12.start("sh", "-c", "while mycoswarmctl ask --model slow hello; do :; done") as prompts,
     ):
         prompts.wait_said("w1 ", 30 * debian12.patience)
         unsure.wait_said("0\n", 30 * debian12.patience)
-        with debian12.start("python3", "/opt/poster.py") as poster:
+        with debian12.start("python3", "/opt/node_api.py", "pour") as poster:
             poster.wait_said("\n", 30 * debian12.patience, times=4)
             assert not prompts.is_over, prompts.err
             debian12.pull_plug()
@@ -289,8 +363,9 @@ def test_no_task_is_lost_with_the_power(debian12: VirtualMachine) -> None:
     wait_ready(debian12)
     assert debian12.python(INTEGRITY).out == "('ok',)\n"
     go_on(debian12)
-    states = check_all_ended_once(debian12, [steady, *acknowledged], within_s=120 * debian12.patience)
-    assert states | before == states
+    wait_all_succeeded(debian12, [steady, *acknowledged])
+    after = node_api(debian12, "get", "/api/tasks?limit=1000")["tasks"]
+    assert [row for row in before if row not in after] == []
 
 
 def test_with_the_old_control_groups_the_node_says_what_does_not_hold(debian12: VirtualMachine) -> None:
