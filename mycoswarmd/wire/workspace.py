@@ -11,7 +11,8 @@ the link lies deep. The directories above a link are real ones (nothing lies ben
 Source: POSIX.1-2017 pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format" (types L and K).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -48,10 +49,27 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """An entry without its data, and where in the archive that is."""
+
+    path: str
+    kind: EntryKind
+    executable: bool = False
+    target: str = ""
+    offset: int = 0
+    size_bytes: int = 0
+
+
+# Returns so many bytes from an offset, or fewer at the end.
+ReadAt = Callable[[int, int], bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkspaceLimits:
     """How much a workspace may hold."""
 
-    # A checkout of the Linux kernel has 90,000 files; more is a disk, not a task's material.
+    # A checkout of the Linux kernel has 90,000 files; more is a disk, not a task's material. Directories
+    # count, also those that are there only because something lies in them.
     entries: int = 100_000
     # The bound of the interface that takes the tar (256 MiB), less its headers.
     bytes: int = 256 << 20
@@ -123,62 +141,108 @@ def check_target(path: str, target: str) -> str:
     return ""
 
 
+class _Tree:
+    """What is in a workspace, by digests: a hundred thousand long paths would be a gigabyte.
+
+    Two paths with one digest would be refused, not let through.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[bytes, EntryKind | None] = {}  # None: a directory because something lies in it
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def add(self, entry: Entry | Listed) -> None:
+        """Take one more entry, in any order, or raise BadRequest("bad-workspace")."""
+        path, is_directory = entry.path, entry.kind is EntryKind.DIRECTORY
+        problem = check_target(path, entry.target) if entry.kind is EntryKind.SYMLINK else ""
+        if check_path(path) != path:
+            problem = "its path is not in its normal form"
+        mark = _digest(path)
+        if self._kinds.get(mark) is not None:
+            problem = problem or "there are two entries of that name"
+        elif mark in self._kinds and not is_directory:
+            problem = problem or "other entries lie beneath it, and it is no directory"
+        if problem:
+            raise _bad(path, problem)
+        self._kinds[mark] = entry.kind
+        while path := path.rpartition("/")[0]:
+            mark = _digest(path)
+            if mark not in self._kinds:
+                self._kinds[mark] = None
+            elif self._kinds[mark] in {None, EntryKind.DIRECTORY}:
+                return  # what is above it was looked at when that came
+            else:
+                raise _bad(entry.path, f"it lies beneath {show_path(path)!r}, which is no directory")
+
+
 def check_tree(entries: Iterable[Entry]) -> None:
     """Refuse what is not a workspace: odd paths, links out, duplicates, entries beneath a file or a link."""
-    kinds: dict[str, EntryKind] = {}
+    tree = _Tree()
     for entry in entries:
-        problem = check_target(entry.path, entry.target) if entry.kind is EntryKind.SYMLINK else ""
-        if check_path(entry.path) != entry.path:
-            problem = "its path is not in its normal form"
-        if problem:
-            raise _bad(entry.path, problem)
-        if entry.path in kinds:
-            raise _bad(entry.path, "there are two entries of that name")
-        kinds[entry.path] = entry.kind
-    checked = {""}
-    for path in kinds:
-        parent = path.rpartition("/")[0]
-        while parent not in checked:
-            if kinds.get(parent, EntryKind.DIRECTORY) is not EntryKind.DIRECTORY:
-                raise _bad(path, f"it lies beneath {show_path(parent)!r}, which is no directory")
-            checked.add(parent)
-            parent = parent.rpartition("/")[0]
+        tree.add(entry)
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
 def read_workspace(untrusted: bytes, *, limits: WorkspaceLimits = DEFAULT_LIMITS) -> tuple[Entry, ...]:
     """Parse a tar archive, or raise BadRequest("bad-workspace" or "workspace-too-large")."""
-    if len(untrusted) > limits.bytes + limits.entries * 4 * _BLOCK:
-        raise _too_large(f"the archive has {len(untrusted)} bytes", limits)
-    entries: list[Entry] = []
+
+    def read_at(offset: int, size_bytes: int) -> bytes:
+        return untrusted[offset : offset + size_bytes]
+
+    return tuple(
+        Entry(
+            path=one.path,
+            kind=one.kind,
+            executable=one.executable,
+            data=read_at(one.offset, one.size_bytes),
+            target=one.target,
+        )
+        for one in list_workspace(read_at, len(untrusted), limits=limits)
+    )
+
+
+def list_workspace(
+    untrusted: ReadAt, size_bytes: int, *, limits: WorkspaceLimits = DEFAULT_LIMITS
+) -> Iterator[Listed]:
+    """Yield what is in a tar archive without holding it; nothing counts before the end was reached.
+
+    Raises:
+        BadRequest: bad-workspace, workspace-too-large.
+    """
+    if size_bytes > limits.bytes + limits.entries * 4 * _BLOCK:
+        raise _too_large(f"the archive has {size_bytes} bytes", limits)
+    tree = _Tree()
     longs: dict[bytes, str] = {}  # what L and K headers, or pax records, say about the next entry
-    total = 0
-    view = memoryview(untrusted)
-    offset = 0
-    while offset < len(untrusted):
-        header = untrusted[offset : offset + _BLOCK]
+    count = total = offset = 0
+    while offset < size_bytes:
+        header = untrusted(offset, _BLOCK)
         if header == _ZERO:
             break
         size, kind = _read_header(header, offset)
         offset += _BLOCK
-        if offset + size > len(untrusted):
-            raise _bad(_text(header[:100]), f"the archive ends within it (byte {len(untrusted)})")
-        body = view[offset : offset + size]
-        offset += (size + _BLOCK - 1) // _BLOCK * _BLOCK
+        if offset + size > size_bytes:
+            raise _bad(_text(header[:100]), f"the archive ends within it (byte {size_bytes})")
+        start, offset = offset, offset + (size + _BLOCK - 1) // _BLOCK * _BLOCK
         if kind in b"LKxg":
-            longs |= _read_long(kind, body)
+            longs |= _read_long(kind, untrusted, start, size)
             continue
-        entry = _read_entry(header, kind, body, longs)
+        entry = _read_entry(header, kind, start, size, longs)
         longs = {}
         if entry is None:
             continue
-        entries.append(entry)
-        total += len(entry.data)
-        if len(entries) > limits.entries or total > limits.bytes:
-            raise _too_large(f"it has {len(entries)} entries, {total} bytes or more", limits)
+        tree.add(entry)
+        count += 1
+        total += entry.size_bytes
+        if len(tree) > limits.entries or total > limits.bytes:
+            raise _too_large(f"it has {count} entries, {total} bytes or more", limits)
+        yield entry
     if longs:
         raise _bad("", "the archive ends after a long name, without its entry")
-    check_tree(entries)
-    return tuple(entries)
 
 
 def _read_header(header: bytes, offset: int) -> tuple[int, bytes]:
@@ -208,14 +272,15 @@ def _text(field: bytes) -> str:
     return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _read_long(kind: bytes, body: memoryview) -> dict[bytes, str]:
+def _read_long(kind: bytes, untrusted: ReadAt, start: int, size: int) -> dict[bytes, str]:
     """Read a GNU long name or a pax header: names only, everything else that matters is refused."""
-    if len(body) > _LONG_BYTES:
-        raise _bad("", f"a long name or pax header has {len(body)} bytes", f"at most {_LONG_BYTES}")
+    if size > _LONG_BYTES:
+        raise _bad("", f"a long name or pax header has {size} bytes", f"at most {_LONG_BYTES}")
+    body = untrusted(start, size)
     if kind in b"LK":
-        return {b"path" if kind == b"L" else b"linkpath": _text(bytes(body))}
+        return {b"path" if kind == b"L" else b"linkpath": _text(body)}
     found: dict[bytes, str] = {}
-    for key, value in _pax_records(bytes(body)):
+    for key, value in _pax_records(body):
         if key in {b"path", b"linkpath"} and kind == b"x":
             found[key] = value.decode("utf-8", "surrogateescape")
         elif key in {b"path", b"linkpath", b"size"} or key.startswith((b"GNU.sparse", b"hdrcharset")):
@@ -247,7 +312,9 @@ _REFUSED_TYPES: Mapping[bytes, str] = {
 }
 
 
-def _read_entry(header: bytes, kind: bytes, body: memoryview, longs: Mapping[bytes, str]) -> Entry | None:
+def _read_entry(
+    header: bytes, kind: bytes, start: int, size: int, longs: Mapping[bytes, str]
+) -> Listed | None:
     """Make the entry of one header; None for the workspace's own directory."""
     name = longs.get(b"path")
     if name is None:
@@ -260,13 +327,13 @@ def _read_entry(header: bytes, kind: bytes, body: memoryview, longs: Mapping[byt
         return None
     path = check_path(name)
     if kind == b"5" or is_old_directory:
-        return Entry(path=path, kind=EntryKind.DIRECTORY)
+        return Listed(path=path, kind=EntryKind.DIRECTORY)
     if kind == b"2":
         target = longs.get(b"linkpath") or _text(header[157:257])
-        return Entry(path=path, kind=EntryKind.SYMLINK, target=target)
+        return Listed(path=path, kind=EntryKind.SYMLINK, target=target)
     if kind in {b"0", b"\0"}:
-        mode = _octal(header[100:108]) or 0
-        return Entry(path=path, kind=EntryKind.FILE, executable=bool(mode & 0o100), data=bytes(body))
+        is_executable = bool((_octal(header[100:108]) or 0) & 0o100)
+        return Listed(path=path, kind=EntryKind.FILE, executable=is_executable, offset=start, size_bytes=size)
     what = _REFUSED_TYPES.get(kind, f"of the unknown type {kind!r}")
     raise _bad(path, f"it is {what}", "a workspace holds files, directories and symbolic links")
 

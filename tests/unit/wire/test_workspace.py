@@ -3,6 +3,7 @@
 import io
 import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ from mycoswarmd.wire.workspace import (
     changed,
     check_path,
     check_target,
+    list_workspace,
     overlay,
     read_workspace,
     show_path,
@@ -161,6 +163,15 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         "no directory",
     ),
     "beneath-a-file": (lambda: tar_of((member("f"), b""), (member("f/a/b"), b"")), "no directory"),
+    "above-a-file": (lambda: tar_of((member("f/a/b"), b""), (member("f"), b"")), "beneath it"),
+    "above-its-directory": (
+        lambda: tar_of((member("f/a", tarfile.DIRTYPE), b""), (member("f/a", tarfile.SYMTYPE, "b"), b"")),
+        "two entries",
+    ),
+    "a-link-above": (
+        lambda: tar_of((member("d/e/f"), b""), (member("d", tarfile.SYMTYPE, "e"), b"")),
+        "beneath it",
+    ),
     "too-deep": (lambda: tar_of((member("/".join("d" * 80)), b"")), "deep"),
     "long-component": (lambda: tar_of((member("n" * 300), b"")), "too long"),
     "not-a-tar": (lambda: b"PK\x03\x04" + bytes(2000), "not one of a tar"),
@@ -230,6 +241,40 @@ def test_a_hundred_thousand_files_pass_and_one_more_does_not() -> None:
     assert time.monotonic() - started < 30  # about 2 s; a quadratic reader takes minutes
     with pytest.raises(BadRequest, match="100001 entries"):
         read_workspace(b"".join(blocks))
+
+
+def test_directories_count_also_those_that_only_hold_something() -> None:
+    tar = write_workspace([file(f"{n}/d/f") for n in range(3)])
+    assert len(read_workspace(tar, limits=WorkspaceLimits(entries=9))) == 3
+    with pytest.raises(BadRequest, match="workspace-too-large"):
+        read_workspace(tar, limits=WorkspaceLimits(entries=8))
+    told = [directory(f"{n}/d") for n in range(3)] + [directory(str(n)) for n in range(3)]
+    tar = write_workspace([*told, *(file(f"{n}/d/f") for n in range(3))])
+    assert len(read_workspace(tar, limits=WorkspaceLimits(entries=9))) == 9
+
+
+def test_an_archive_is_listed_without_being_held() -> None:
+    """Entries whose names alone would be 75 MiB, as a list."""
+    name = "\U0001f344" + "/".join(["d" * 250] * 15)  # one such sign makes four bytes of each character
+    long = write_workspace([file(f"{name}/{0:06}", b"12345")])[:-1024]
+    at, each = long.index(b"/000000"), len(long)
+    count = 5_000
+
+    def read_at(offset: int, size_bytes: int) -> bytes:
+        number, start = divmod(offset, each)
+        block = bytearray(long[start : start + size_bytes])
+        if start <= at < start + size_bytes:
+            block[at - start : at - start + 7] = b"/%06d" % number
+        return bytes(block)
+
+    tracemalloc.start()
+    try:
+        found = sum(one.size_bytes for one in list_workspace(read_at, each * count))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == 5 * count
+    assert peak_bytes < 4 << 20
 
 
 def test_nothing_is_an_empty_workspace() -> None:
