@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,6 @@ _MEMBER_AT_ONCE = 4
 # for another; eight accounts are needed to fill that of accounts.
 _ROOMS = {
     "owner": Size(64 << 20, 256 << 20),
-    "workspace": Size(64 << 20, 256 << 20),  # of everybody else who may post a task
     Who.LOCAL: Size(12 << 20, 96 << 20),
     Who.PROGRAM: Size(32 << 20, 64 << 20),
     Who.NODE: Size(32 << 20, 64 << 20),
@@ -319,12 +318,10 @@ class Api:
                 await held.enter_async_context(self._turn_of(caller))
             return await self._handled(held, route, names, caller, request, roster, line)
 
-    def _room_for(self, caller: Caller, route: Route) -> BodyRoom:
+    def _room_for(self, caller: Caller) -> BodyRoom:
         """Return what holds the memory for a body."""
         if caller.principal.is_owner:
             return self._rooms["owner"]
-        if route.gate is Gate.SOME_TASK:
-            return self._rooms["workspace"]
         return next(room for kind, room in self._rooms.items() if kind in caller.roles)
 
     def _turn_of(self, caller: Caller) -> asyncio.Semaphore:
@@ -345,11 +342,14 @@ class Api:
         roster: str,
         line: Line | None,
     ) -> StreamResponse:
-        body = b""
-        if request.body_exists:
+        body, pieces = b"", None
+        if route.body_in_pieces:
+            _check_head(request, route.body_bytes)
+            pieces = _pieces(request, route.body_bytes)
+        elif request.body_exists:
 
             def take_room(size_bytes: int) -> Awaitable[Keep]:
-                room = self._room_for(caller, route)
+                room = self._room_for(caller)
                 return held.enter_async_context(room.taken(share_of(caller.principal), size_bytes))
 
             body = await _read_body(request, route.body_bytes, take_room)
@@ -361,7 +361,7 @@ class Api:
                 _check_parts(body, _PARTS_OF_MEMBER)
         if line is not None:
             line.allow(_ANSWER_S)
-        call = Call(request, caller.principal, self._services, names, body, caller.start, roster)
+        call = Call(request, caller.principal, self._services, names, body, caller.start, roster, pieces)
         if route.runs_to_its_end:
             # What changes something is not left half done when its caller goes away.
             return await asyncio.shield(
@@ -452,11 +452,8 @@ async def _read_body(
     request: BaseRequest, at_most_bytes: int, take_room: Callable[[int], Awaitable[Keep]]
 ) -> bytes:
     """Read the body within the route's bound; refuse a larger one before reading it where it says so."""
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise BadRequest("compressed-body", "cannot read a compressed body: send it plain", http_status=415)
+    _check_head(request, at_most_bytes)
     length = request.content_length
-    if length is not None and length > at_most_bytes:
-        raise _too_large(at_most_bytes)
     body = io.BytesIO()  # hands over what it holds without a copy
     first_bytes = min(_UNCOUNTED_BYTES, at_most_bytes)
     if not await _read_on(request, body, first_bytes) and at_most_bytes > first_bytes:
@@ -470,19 +467,52 @@ async def _read_body(
 
 async def _read_on(request: BaseRequest, body: io.BytesIO, to_bytes: int) -> bool:
     """Read until the end, or until there is more than so much; tell whether that was the end."""
-    try:
+    with _body_errors():
         async with asyncio.timeout(_BODY_S):
             async for piece in request.content.iter_any():
                 body.write(piece)
                 if body.tell() > to_bytes:
                     return False
+    return True
+
+
+def _check_head(request: BaseRequest, at_most_bytes: int) -> None:
+    """Refuse a body by what its request says of it."""
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise BadRequest("compressed-body", "cannot read a compressed body: send it plain", http_status=415)
+    if request.content_length is not None and request.content_length > at_most_bytes:
+        raise _too_large(at_most_bytes)
+
+
+async def _pieces(request: BaseRequest, at_most_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the body within the route's bound as it comes; what its taker does with it costs no time."""
+    clock = asyncio.get_running_loop().time
+    left_s, size_bytes = _BODY_S, 0
+    while True:
+        asked_s = clock()
+        with _body_errors():
+            async with asyncio.timeout(left_s):
+                piece = await request.content.readany()
+        left_s -= clock() - asked_s
+        size_bytes += len(piece)
+        if size_bytes > at_most_bytes:
+            raise _too_large(at_most_bytes)
+        if not piece:
+            return
+        yield piece
+
+
+@contextlib.contextmanager
+def _body_errors() -> Iterator[None]:
+    """Say what can go wrong while a body comes."""
+    try:
+        yield
     except web.RequestPayloadError:
         raise BadRequest("bad-body", "cannot read the request: its body is malformed") from None
     except TimeoutError as exc:
         raise BadRequest(
             "slow-body", f"cannot read the request: no end after {_BODY_S:.0f} s", http_status=408
         ) from exc
-    return True
 
 
 def _check_parts(body: bytes, at_most: int) -> None:

@@ -1,7 +1,7 @@
 """One call on the HTTP interface: who, what, with which body; and how answers are written."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 from aiohttp.web_request import BaseRequest
@@ -22,6 +22,7 @@ class Call:
     Attributes:
         start: whether it came from this machine or from another node.
         roster: the digest that goes with each answer to a member, or "".
+        untrusted_pieces: the body where the route's row says that it comes in pieces, bounded, too.
     """
 
     request: BaseRequest
@@ -31,6 +32,7 @@ class Call:
     untrusted_body: bytes
     start: Start = Start.LOCAL
     roster: str = ""
+    untrusted_pieces: AsyncIterator[bytes] | None = None
 
     def stream(self, headers: Mapping[str, str]) -> StreamResponse:
         """Begin an answer that is sent piece by piece."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from dataclasses import asdict, replace
 from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.call import Call, json_answer
+from mycoswarmd.api.lines import abort
 from mycoswarmd.api.openai import send
 from mycoswarmd.core.names import NAME
 from mycoswarmd.core.placement import Candidate, why_not
@@ -17,12 +19,14 @@ from mycoswarmd.core.policy.explain import explain as explain_request
 from mycoswarmd.core.policy.request import check_declared, parse_request
 from mycoswarmd.core.tasks import FINAL, Event, Task, TaskSpec, TaskState
 from mycoswarmd.core.types import Action, Request, TaskId
-from mycoswarmd.errors import BadRequest, Denied
+from mycoswarmd.errors import BadRequest, Denied, StoreError
 from mycoswarmd.flow.approve import parse_principal
 from mycoswarmd.flow.ports import ApprovalRow, KeyRow
 from mycoswarmd.flow.prompt import Absent, Speaker, Why
 from mycoswarmd.wire.jsonv import get_bool, get_int, get_str
 from mycoswarmd.wire.prompt import Prompt, PromptKind
+
+log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PAGE = 500
@@ -31,6 +35,8 @@ _LAST_EVENTS = 5
 # How long a follower's connection may be silent before it is told that the task still lives.
 _SILENT_S = 10.0
 _TAR = "application/x-tar"
+# What is in memory for each client that reads a blob: there may be hundreds.
+_PIECE_BYTES = 64 << 10
 
 
 async def status(call: Call) -> StreamResponse:
@@ -76,8 +82,11 @@ async def put_blob(call: Call) -> StreamResponse:
     claimed = call.path["sha256"]
     if not _SHA256.fullmatch(claimed):
         raise BadRequest("wrong-hash", "cannot store this: the path does not end with a sha256 in hex")
-    sha256 = await call.services.blobs.put(call.untrusted_body, expect_sha256=claimed)
-    return json_answer({"sha256": sha256})
+    assert call.untrusted_pieces is not None
+    async with call.services.blobs.writing(expect_sha256=claimed) as blob:
+        async for piece in call.untrusted_pieces:
+            await blob.write(piece)
+        return json_answer({"sha256": await blob.finish()})
 
 
 async def submit(call: Call) -> StreamResponse:
@@ -166,7 +175,7 @@ async def changes(call: Call) -> StreamResponse:
     found = await call.services.task_store.get(TaskId(call.path["id"]))
     if found.changes is None:
         return Response(status=204)
-    return Response(body=await call.services.blobs.get(found.changes), content_type=_TAR)
+    return await _send_blob(call, found.changes)
 
 
 async def workspace(call: Call) -> StreamResponse:
@@ -174,7 +183,25 @@ async def workspace(call: Call) -> StreamResponse:
     found = await call.services.task_store.get(TaskId(call.path["id"]))
     if found.spec.workspace is None:
         return Response(status=204)
-    return Response(body=await call.services.blobs.get(found.spec.workspace), content_type=_TAR)
+    return await _send_blob(call, found.spec.workspace)
+
+
+async def _send_blob(call: Call, sha256: str) -> StreamResponse:
+    async with call.services.blobs.reading(sha256) as blob:
+        response = call.stream({"Content-Type": _TAR})
+        response.content_length = blob.size_bytes
+        await response.prepare(call.request)
+        try:
+            async for piece in blob.pieces(_PIECE_BYTES):
+                await send(response, piece)
+        except StoreError as exc:
+            # The head said how much would come: the end of the connection says that it did not.
+            log.error("cannot send a blob: %s", exc)  # noqa: TRY400 - no traceback for a broken disk
+            if call.request.transport is not None:
+                abort(call.request.transport)
+            raise ConnectionResetError from exc
+        await response.write_eof()
+        return response
 
 
 async def cancel(call: Call) -> StreamResponse:

@@ -75,6 +75,11 @@ class Route:
         return self.method != "GET" and not self.path.startswith(("/v1/", "/swarm/enroll/"))
 
     @property
+    def body_in_pieces(self) -> bool:
+        """Tell whether the handler reads the body itself, so that it is never in memory."""
+        return self.handler is control.put_blob
+
+    @property
     def is_endless(self) -> bool:
         """Tell whether the answer has no end of its own."""
         return self.handler is peers.watch

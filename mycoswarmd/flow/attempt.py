@@ -25,6 +25,7 @@ from mycoswarmd.flow.ports import (
     CageMaker,
     CageSession,
     Clock,
+    NewBlob,
     ReceiptLog,
     TaskStore,
 )
@@ -33,7 +34,7 @@ from mycoswarmd.wire.frames import MAX_PAYLOAD_BYTES, Frame, FrameType
 from mycoswarmd.wire.jsonv import get_bool, get_int, get_object, get_str
 from mycoswarmd.wire.openai import parse_chat
 from mycoswarmd.wire.prompt import Answer, Prompt
-from mycoswarmd.wire.workspace import read_workspace
+from mycoswarmd.wire.workspace import ReadAt, list_workspace
 
 log = logging.getLogger(__name__)
 
@@ -165,16 +166,17 @@ class Attempt:
                 },
             )
             await self._hand_in(cage)
-            return await self._serve(cage)
+            async with self.blobs.writing() as changes:
+                return await self._serve(cage, changes)
         finally:
             await cage.close()
 
     async def _hand_in(self, cage: CageSession) -> None:
-        data = await self.blobs.get(self.task.spec.workspace) if self.task.spec.workspace else b""
-        for start in range(0, max(1, len(data)), MAX_PAYLOAD_BYTES):
-            piece = data[start : start + MAX_PAYLOAD_BYTES]
-            is_last = start + MAX_PAYLOAD_BYTES >= len(data)
-            await cage.send(Frame(FrameType.WORKSPACE, {"last": is_last}, piece))
+        if self.task.spec.workspace is not None:
+            async with self.blobs.reading(self.task.spec.workspace) as blob:
+                async for piece in blob.pieces(MAX_PAYLOAD_BYTES):
+                    await cage.send(Frame(FrameType.WORKSPACE, {"last": False}, piece))
+        await cage.send(Frame(FrameType.WORKSPACE, {"last": True}))
         info = next((info for info in self.prompts.models() if info.name == self.model), None)
         job: dict[str, object] = {
             "task": self.task.id,
@@ -190,8 +192,7 @@ class Attempt:
         }
         await cage.send(Frame(FrameType.JOB, job))
 
-    async def _serve(self, cage: CageSession) -> AttemptEnd:
-        changes = bytearray()
+    async def _serve(self, cage: CageSession, changes: NewBlob) -> AttemptEnd:
         for _ in range(_MAX_FRAMES):
             frame = await cage.receive()
             match frame.type:
@@ -204,13 +205,13 @@ class Attempt:
                 case FrameType.NOTE:
                     await self._note("note", {"text": _clip(get_str(frame.body, "text", where="note"))})
                 case FrameType.CHANGES:
-                    changes += frame.payload
-                    if len(changes) > self.profile.limits.disk_bytes:
+                    if changes.size_bytes + len(frame.payload) > self.profile.limits.disk_bytes:
                         raise CageError(
                             "too-many-changes", "cannot take the changes: larger than the disk limit"
                         )
+                    await changes.write(frame.payload)
                 case FrameType.RESULT:
-                    return await self._result(frame, bytes(changes))
+                    return await self._result(frame, changes)
                 case _:
                     raise CageError("bad-frame", f"cannot go on: the cage sent {frame.type.value!r}")
         raise CageError("agent-flood", f"cannot go on: the agent sent more than {_MAX_FRAMES} frames")
@@ -374,26 +375,23 @@ class Attempt:
 
     # --- the end -------------------------------------------------------------------------------
 
-    async def _result(self, frame: Frame, untrusted_changes: bytes) -> AttemptEnd:
+    async def _result(self, frame: Frame, untrusted: NewBlob) -> AttemptEnd:
         ok = get_str(frame.body, "state", where="result") == TaskState.SUCCEEDED.value
         code = get_str(frame.body, "code", where="result")
         if code not in self.codes:  # the code goes into a receipt: no words of the agent's own
             code = "" if ok else "agent-failed"
         summary = _clip(get_str(frame.body, "summary", where="result"))
         deleted = frame.body.get("deleted")
-        paths = (
-            [_clip(path) for path in deleted if isinstance(path, str)] if isinstance(deleted, list) else []
-        )
+        paths = [path for path in deleted if isinstance(path, str)] if isinstance(deleted, list) else []
         changes = None
-        if untrusted_changes:
-            entries = await asyncio.to_thread(read_workspace, untrusted_changes)
-            changes = await self.blobs.put(untrusted_changes)
-            files = [{"path": e.path, "kind": "written", "bytes": len(e.data)} for e in entries]
-        else:
-            files = []
-        files += [{"path": path, "kind": "deleted", "bytes": 0} for path in paths]
-        if files:
-            await self._note("changes", {"files": _some(files), "count": len(files)})
+        seen = _Seen()
+        if untrusted.size_bytes:
+            await untrusted.inspect(lambda read_at: seen.read(read_at, untrusted.size_bytes))
+            changes = await untrusted.finish()
+        for path in paths:
+            seen.add(_clip(path), "deleted", 0)
+        if seen.count:
+            await self._note("changes", {"files": seen.files, "count": seen.count})
         state = TaskState.SUCCEEDED if ok else TaskState.FAILED
         message = "" if ok else "the agent gave up; its last words are the summary"
         return AttemptEnd(state, code, message, summary=summary, changes=changes)
@@ -430,15 +428,24 @@ def _no(exc: MycoswarmError) -> dict[str, object]:
     return {"decision": "deny", "rule": rule, "why": exc.message, "code": exc.code}
 
 
-def _some(files: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Return as many as one event holds."""
-    found, left = [], _PATHS_BYTES
-    for file in files:
-        left -= len(str(file["path"]).encode("utf-8", "replace")) + 60
-        if left < 0:
-            break
-        found.append(file)
-    return found
+@dataclass(slots=True)
+class _Seen:
+    """The changes of an attempt: how many, and as many of them as one event holds."""
+
+    files: list[dict[str, object]] = field(default_factory=list)
+    count: int = 0
+    _left_bytes: int = _PATHS_BYTES
+
+    def add(self, path: str, kind: str, size_bytes: int) -> None:
+        self.count += 1
+        self._left_bytes -= len(path.encode("utf-8", "replace")) + 60
+        if self._left_bytes >= 0:
+            self.files.append({"path": path, "kind": kind, "bytes": size_bytes})
+
+    def read(self, untrusted: ReadAt, size_bytes: int) -> None:
+        """Add what an archive holds, or raise BadRequest."""
+        for entry in list_workspace(untrusted, size_bytes):
+            self.add(entry.path, "written", entry.size_bytes)
 
 
 def _clip(untrusted: str) -> str:

@@ -1,10 +1,11 @@
 """What flow needs of the outside, as protocols. Only daemon/wiring.py names the classes behind them."""
 
 import socket
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from mycoswarmd.core.policy.evaluate import Permit
 from mycoswarmd.core.tasks import Event, Task, TaskSpec, TaskState
@@ -12,6 +13,9 @@ from mycoswarmd.core.types import CageSpec, Proof, TaskId, Zone
 from mycoswarmd.wire.engineunit import Serving
 from mycoswarmd.wire.frames import Frame
 from mycoswarmd.wire.prompt import Answer, Delta, Embeddings, Prompt, PromptKind, Via
+from mycoswarmd.wire.workspace import ReadAt
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -336,15 +340,46 @@ class ApprovalStore(Protocol):
         ...
 
 
-class BlobStore(Protocol):
-    """Workspaces and changes, by content."""
+class NewBlob(Protocol):
+    """A blob that is being written; nobody sees it before it is finished."""
 
-    async def put(self, data: bytes, *, expect_sha256: str | None = None) -> str:
-        """Store bytes durably and return their sha256 in hex, which must be the expected one."""
+    size_bytes: int
+
+    async def write(self, piece: bytes) -> None:
+        """Append a piece; BadRequest("blob-too-large") or StoreError("disk-full") where it must not grow."""
         ...
 
-    async def get(self, sha256: str) -> bytes:
-        """Return the bytes, checked against the hash, or raise NotFound("unknown-blob")."""
+    async def inspect(self, look: Callable[[ReadAt], T]) -> T:
+        """Call something, in a thread, that reads at offsets what was written so far."""
+        ...
+
+    async def finish(self) -> str:
+        """Make it durable, and return its sha256 in hex."""
+        ...
+
+
+class OpenBlob(Protocol):
+    """A blob that is being read."""
+
+    size_bytes: int
+
+    def pieces(self, at_most_bytes: int) -> AsyncGenerator[bytes, None]:
+        """Yield all of it, or raise StoreError."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Workspaces and changes, by content; on the disk, never in memory."""
+
+    def writing(self, *, expect_sha256: str | None = None) -> AbstractAsyncContextManager[NewBlob]:
+        """Hold a new blob, which is gone at the end if it was not finished.
+
+        `finish` raises BadRequest("wrong-hash") when it is not the expected one.
+        """
+        ...
+
+    def reading(self, sha256: str) -> AbstractAsyncContextManager[OpenBlob]:
+        """Hold a blob open that is there and whole, or raise NotFound("unknown-blob") or StoreError."""
         ...
 
 

@@ -1,8 +1,9 @@
 """Workspaces and changes: files named by the SHA-256 of what is in them.
 
 1. A blob appears whole or not at all: written under another name, fsynced, renamed, directory fsynced.
-2. What is read is hashed again: a disk's mistake is said, never handed on.
+2. What is read is hashed before: a disk's mistake is said, never handed on.
 3. Blobs never take the last of a disk: receipts must still be written.
+4. A blob is a file, never bytes in memory: it is written, hashed and read in pieces.
 
 Source: https://github.com/etcd-io/etcd/issues/6368 (a rename without fsync of the directory can vanish).
 """
@@ -14,12 +15,23 @@ import os
 import re
 import tempfile
 import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from io import FileIO
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from mycoswarmd.errors import BadRequest, NotFound, StoreError
+from mycoswarmd.wire.workspace import ReadAt
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = ".new-"
+# What is hashed in one go: long enough to be worth a thread, short enough to be waited for.
+_HASHED_BYTES = 1 << 20
 # What stays free: a million receipts, or on a small disk a twentieth of it.
 RESERVE_BYTES = 512 << 20
 _RESERVE_PART = 20
@@ -37,29 +49,37 @@ class DirectoryBlobStore:
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._writing = threading.Lock()  # one at a time, so that all of them together leave the reserve
+        self._growing = threading.Lock()  # one at a time, so that all of them together leave the reserve
 
-    async def put(self, data: bytes, *, expect_sha256: str | None = None) -> str:
-        """Store bytes durably and return their sha256 in hex.
+    @asynccontextmanager
+    async def writing(self, *, expect_sha256: str | None = None) -> AsyncIterator["NewBlob"]:
+        """Hold a blob that is being written; one that was not finished is gone at the end.
 
         Raises:
-            BadRequest: blob-too-large; wrong-hash when it is not the expected one.
+            BadRequest: blob-too-large from `write`; wrong-hash from `finish` when it is not the expected one.
             StoreError: disk-full, store-io.
         """
-        if len(data) > self._max_bytes:
-            raise BadRequest(
-                "blob-too-large",
-                f"cannot store {len(data):,} bytes: at most {self._max_bytes:,} are accepted",
-                hint="leave build outputs and data sets out of the workspace",
-                http_status=413,
-            )
-        return await asyncio.to_thread(self._put, data, expect_sha256)
+        is_there = expect_sha256 is not None and await self._is_whole(expect_sha256)
+        new = NewBlob(self._path, self._max_bytes, self._growing, expect_sha256, is_there=is_there)
+        try:
+            yield new
+        finally:
+            await _off_the_loop(self._path, new.close)
 
-    async def get(self, sha256: str) -> bytes:
-        """Return the bytes, checked against the hash, or raise NotFound("unknown-blob")."""
-        if _NAME.fullmatch(sha256) is None:
-            raise _unknown(sha256)
-        return await asyncio.to_thread(self._get, sha256)
+    @asynccontextmanager
+    async def reading(self, sha256: str) -> AsyncIterator["OpenBlob"]:
+        """Hold a blob open that was checked against its hash.
+
+        Raises:
+            NotFound: unknown-blob.
+            StoreError: blob-damaged, store-io; also from `pieces`.
+        """
+        blob = OpenBlob(self._path, sha256)
+        try:
+            await blob.open(self._max_bytes)
+            yield blob
+        finally:
+            blob.close()
 
     async def sweep(self, keep: set[str]) -> int:
         """Delete every blob that is not to be kept, and unfinished ones; return how many blobs went.
@@ -68,78 +88,13 @@ class DirectoryBlobStore:
         """
         return await asyncio.to_thread(self._sweep, keep)
 
-    def _put(self, data: bytes, expect_sha256: str | None) -> str:
-        sha256 = hashlib.sha256(data).hexdigest()
-        if expect_sha256 not in {None, sha256}:
-            raise BadRequest(
-                "wrong-hash",
-                "cannot store this: it does not have the hash that it should have",
-                hint="the upload was damaged or the name is wrong: the SHA-256 in lower-case hex is accepted",
-            )
-        with self._writing:
-            self._write(data, sha256)
-        return sha256
-
-    def _write(self, data: bytes, sha256: str) -> None:
-        path = self._path / sha256
-        try:
-            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._holds(path, sha256):
-                return
-            self._leave_reserve(len(data))
-            fd, new = tempfile.mkstemp(prefix=_UNFINISHED, dir=self._path)  # mode 0600
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                Path(new).replace(path)
-            except OSError:
-                Path(new).unlink(missing_ok=True)
-                raise
-            self._fsync_directory()
-        except OSError as exc:
-            raise _translate(exc, self._path) from exc
-
-    def _leave_reserve(self, size_bytes: int) -> None:
-        """Refuse a blob after which too little of the disk would be free."""
-        disk = os.statvfs(self._path)
-        if disk.f_blocks == 0:
-            return  # a file system that does not say
-        reserve_bytes = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_PART)
-        if disk.f_bavail * disk.f_frsize - size_bytes < reserve_bytes:
-            raise StoreError(
-                "disk-full",
-                f"cannot store {size_bytes:,} bytes in {str(self._path)!r}: less than"
-                f" {reserve_bytes >> 20:,} MiB of the disk would stay free, which receipts need",
-                hint=_FREE_SOME,
-            )
-
-    def _holds(self, path: Path, sha256: str) -> bool:
+    async def _is_whole(self, sha256: str) -> bool:
         """Whether the blob is there and whole; a damaged one is replaced by the good copy at hand."""
-        if not path.exists():
-            return False
-        with path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if whole:
-            self._fsync_directory()  # who renamed it may not have come so far
-        return whole
-
-    def _get(self, sha256: str) -> bytes:
         try:
-            with (self._path / sha256).open("rb") as file:
-                data = file.read(self._max_bytes + 1)
-        except FileNotFoundError as exc:
-            raise _unknown(sha256) from exc
-        except OSError as exc:
-            raise _translate(exc, self._path) from exc
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise StoreError(
-                "blob-damaged",
-                f"cannot use blob {sha256!r}: its contents changed on the disk",
-                hint="submit the task with its workspace again; check the disk (`dmesg`)",
-            )
-        return data
+            async with self.reading(sha256):
+                return True
+        except (NotFound, StoreError):
+            return False
 
     def _sweep(self, keep: set[str]) -> int:
         removed = 0
@@ -156,12 +111,203 @@ class DirectoryBlobStore:
             raise _translate(exc, self._path) from exc
         return removed
 
-    def _fsync_directory(self) -> None:
-        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+class NewBlob:
+    """A blob that is being written; implements flow.ports.NewBlob.
+
+    Attributes:
+        size_bytes: how much was written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        max_bytes: int,
+        growing: threading.Lock,
+        expect_sha256: str | None,
+        *,
+        is_there: bool,
+    ) -> None:
+        self.size_bytes = 0
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._growing = growing
+        self._expect_sha256 = expect_sha256
+        self._is_there = is_there  # then nothing is written, only hashed
+        self._digest = hashlib.sha256()
+        self._file: FileIO | None = None  # from the first piece on
+        self._path: Path | None = None  # until it has its name
+
+    async def write(self, piece: bytes) -> None:
+        """Append a piece; BadRequest("blob-too-large") or StoreError where it may not grow so far."""
+        if self.size_bytes + len(piece) > self._max_bytes:
+            raise BadRequest(
+                "blob-too-large",
+                f"cannot store more than {self._max_bytes:,} bytes",
+                hint="leave build outputs and data sets out of the workspace",
+                http_status=413,
+            )
+        await _off_the_loop(self._directory, self._write, piece)
+        self.size_bytes += len(piece)
+
+    async def inspect(self, look: Callable[[ReadAt], T]) -> T:
+        """Call something, in a thread, that reads at offsets what was written so far."""
+        return await _off_the_loop(self._directory, look, self._read_at)
+
+    async def finish(self) -> str:
+        """Make it durable, and return its sha256 in hex."""
+        return await _off_the_loop(self._directory, self._finish)
+
+    def close(self) -> None:
+        """Remove what was not finished."""
+        with suppress(OSError):  # the next start sweeps
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+    def _write(self, piece: bytes) -> None:
+        self._digest.update(piece)
+        if self._is_there:
+            return
+        file = self._opened()
+        with self._growing:
+            self._leave_reserve(len(piece))
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[file.write(rest) :]
+
+    def _opened(self) -> FileIO:
+        if self._file is None:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd, name = tempfile.mkstemp(prefix=_UNFINISHED, dir=self._directory)  # mode 0600
+            self._path, self._file = Path(name), FileIO(fd, "r+")
+        return self._file
+
+    def _read_at(self, offset: int, size_bytes: int) -> bytes:
+        return os.pread(self._opened().fileno(), size_bytes, offset)
+
+    def _finish(self) -> str:
+        sha256 = self._digest.hexdigest()
+        if self._expect_sha256 not in {None, sha256}:
+            raise BadRequest(
+                "wrong-hash",
+                "cannot store this: it does not have the hash that it should have",
+                hint="the upload was damaged or the name is wrong: the SHA-256 in lower-case hex is accepted",
+            )
+        if not self._is_there:
+            os.fsync(self._opened().fileno())
+            assert self._path is not None
+            self._path.replace(self._directory / sha256)
+            self._path = None
+        _fsync_directory(self._directory)  # also where another renamed it, who may not have come so far
+        return sha256
+
+    def _leave_reserve(self, more_bytes: int) -> None:
+        """Refuse to grow so far that too little of the disk would be free."""
+        disk = os.statvfs(self._directory)
+        if disk.f_blocks == 0:
+            return  # a file system that does not say
+        reserve_bytes = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // _RESERVE_PART)
+        if disk.f_bavail * disk.f_frsize - more_bytes < reserve_bytes:
+            raise StoreError(
+                "disk-full",
+                f"cannot store more than {self.size_bytes:,} bytes in {str(self._directory)!r}: less than"
+                f" {reserve_bytes >> 20:,} MiB of the disk would stay free, which receipts need",
+                hint=_FREE_SOME,
+            )
+
+
+class OpenBlob:
+    """A blob that is being read; implements flow.ports.OpenBlob.
+
+    Attributes:
+        size_bytes: how much there is.
+    """
+
+    def __init__(self, directory: Path, sha256: str) -> None:
+        self.size_bytes = 0
+        self._directory = directory
+        self._sha256 = sha256
+        self._file: FileIO | None = None
+
+    async def open(self, max_bytes: int) -> None:
+        """Open it, and check it against its hash."""
+        if _NAME.fullmatch(self._sha256) is None:
+            raise _unknown(self._sha256)
+        await _off_the_loop(self._directory, self._open)
+        digest, offset = hashlib.sha256(), 0
+        if self.size_bytes > max_bytes:
+            raise self._damaged()
+        while offset < self.size_bytes:
+            offset += await _off_the_loop(self._directory, self._hash, digest, offset)
+        if digest.hexdigest() != self._sha256:
+            raise self._damaged()
+
+    async def pieces(self, at_most_bytes: int) -> AsyncGenerator[bytes, None]:
+        """Yield all of it."""
+        offset = 0
+        while offset < self.size_bytes:
+            size_bytes = min(at_most_bytes, self.size_bytes - offset)
+            piece = await _off_the_loop(self._directory, self._read, offset, size_bytes)
+            offset += len(piece)
+            yield piece
+
+    def close(self) -> None:
+        """Close it."""
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> None:
         try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            self._file = FileIO(self._directory / self._sha256)
+        except FileNotFoundError as exc:
+            raise _unknown(self._sha256) from exc
+        self.size_bytes = os.fstat(self._file.fileno()).st_size
+
+    def _read(self, offset: int, size_bytes: int) -> bytes:
+        assert self._file is not None
+        piece = os.pread(self._file.fileno(), size_bytes, offset)
+        if not piece:
+            raise self._damaged()
+        return piece
+
+    def _hash(self, digest: "hashlib._Hash", offset: int) -> int:
+        piece = self._read(offset, _HASHED_BYTES)
+        digest.update(piece)
+        return len(piece)
+
+    def _damaged(self) -> StoreError:
+        return StoreError(
+            "blob-damaged",
+            f"cannot use blob {self._sha256!r}: its contents changed on the disk",
+            hint="submit the task with its workspace again; check the disk (`dmesg`)",
+        )
+
+
+async def _off_the_loop(directory: Path, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call in a thread; who is cancelled waits for its end, so that no file is closed while it is used."""
+    work = asyncio.get_running_loop().run_in_executor(None, partial(call, *args, **kwargs))
+    try:
+        return await asyncio.shield(work)
+    except OSError as exc:
+        raise _translate(exc, directory) from exc
+    except asyncio.CancelledError:
+        while not work.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()  # nobody else asks
+        raise
+
+
+def _fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _unknown(sha256: str) -> NotFound:
