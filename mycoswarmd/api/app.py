@@ -25,9 +25,9 @@ from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed, share_of, with_way_out
 from mycoswarmd.api.call import ROSTER_HEADER, Call
-from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer
+from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer, abort
 from mycoswarmd.api.porch import Buckets, Rate, source_of
-from mycoswarmd.api.room import BodyRoom, Keep, Size
+from mycoswarmd.api.room import PER_BYTE, BodyRoom, Keep, Size, weigh
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Route, make_router
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
@@ -49,21 +49,23 @@ _BODY_S = 60.0
 _STOP_S = 5.0
 # A member's rosters come a few at a time, so that it holds up itself and nobody else.
 _MEMBER_AT_ONCE = 4
-# What bodies may take of memory until they are answered. Each kind of caller has its own, so that none waits
-# for another; eight accounts are needed to fill that of accounts.
+# What bodies may take of memory until they are answered: all together half of what the core may have. Each
+# kind of caller has its own, so that none waits for another; six accounts fill that of accounts.
 _ROOMS = {
-    "owner": Size(64 << 20, 256 << 20),
-    Who.LOCAL: Size(12 << 20, 96 << 20),
-    Who.PROGRAM: Size(32 << 20, 64 << 20),
-    Who.NODE: Size(32 << 20, 64 << 20),
-    Who.STRANGER: Size(8 << 20, 8 << 20),  # never full: there are 16 connections, and 512 KiB on each
+    "owner": Size(64 << 20, 128 << 20),
+    Who.LOCAL: Size(24 << 20, 144 << 20),
+    Who.PROGRAM: Size(48 << 20, 96 << 20),
+    Who.NODE: Size(48 << 20, 96 << 20),
+    Who.STRANGER: Size(64 << 20, 64 << 20),  # never full: there are 16 connections, and 512 KiB on each
 }
-# The first part of a body is not counted: a connection's own buffers are larger, and who only says that it
-# will send much takes nothing.
-_UNCOUNTED_BYTES = 64 << 10
-# JSON is parsed without letting any other task run, and makes twenty times as much of each of these signs.
+# The same for answers that are sent in one piece, until they are gone.
+_ANSWERS = Size(32 << 20, 96 << 20)
+_READER_S = 120.0  # the largest at 0.4 MB/s
+# So little is not counted: a connection's own buffers are larger, and who only says that it will send much
+# takes nothing.
+_UNCOUNTED_BYTES = 32 << 10
+# JSON is parsed without letting any other task run.
 _PARTS = (b"[", b"{", b":")
-_PARTS_OF_PROMPT = 1 << 19  # texts are full of them
 _PARTS_OF_MEMBER = 1 << 17
 _PARTS_OF_STRANGER = 1 << 12
 # What a stranger may ask for: a newcomer needs some ten requests, one a second while a person decides.
@@ -100,6 +102,7 @@ class Api:
         self._doorman = doorman
         self._router = make_router(routes)
         self._rooms = {kind: BodyRoom(size, patience_s=_BODY_S) for kind, size in _ROOMS.items()}
+        self._answers = BodyRoom(_ANSWERS, patience_s=_BODY_S)
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()
@@ -142,12 +145,13 @@ class Api:
 
         async def handle(request: BaseRequest) -> StreamResponse:
             line = self._lines.of(request)
-            if listener.door is Door.SWARM:
-                return await self._serve_peer(line, request)
             if line is None:
                 return Response(status=499)  # it ended before its request was looked at
+            if listener.door is Door.SWARM:
+                return await self._sent(line, request, await self._serve_peer(line, request))
             line.allow(None)
             response = await _answered(self._serve(listener, line, request))
+            response = await self._sent(line, request, response)
             line.allow(self._lines.patience_s(line) + (0 if line.is_unproved else KEEPALIVE_S))
             return response
 
@@ -221,6 +225,21 @@ class Api:
                 ssl_shutdown_timeout=_GOODBYE_S,
             )
 
+    async def _sent(self, line: Line, request: BaseRequest, response: StreamResponse) -> StreamResponse:
+        """Send an answer that is large, and count it for as long as that takes."""
+        body = response.body if isinstance(response, Response) and not response.prepared else None
+        if not isinstance(body, bytes) or len(body) <= _UNCOUNTED_BYTES:
+            return response
+        try:
+            async with self._answers.taken(line.who, len(body)), asyncio.timeout(_READER_S):
+                await response.prepare(request)
+                await response.write_eof()
+        except Unavailable as exc:
+            return _refusal(exc)
+        except TimeoutError:
+            abort(line.transport)
+        return response
+
     # --- local users and programs ----------------------------------------------------------------
 
     async def _serve(self, listener: Listener, line: Line, request: BaseRequest) -> StreamResponse:
@@ -238,9 +257,7 @@ class Api:
 
     # --- the swarm -------------------------------------------------------------------------------
 
-    async def _serve_peer(self, line: Line | None, request: BaseRequest) -> StreamResponse:
-        if line is None:
-            return Response(status=499)  # it was cut before its request was looked at
+    async def _serve_peer(self, line: Line, request: BaseRequest) -> StreamResponse:
         response = await self._answer_peer(line, request)
         if not response.prepared:
             response.headers["Server"] = "mycoswarmd"  # which versions of what is nobody's business
@@ -352,12 +369,11 @@ class Api:
                 room = self._room_for(caller)
                 return held.enter_async_context(room.taken(share_of(caller.principal), size_bytes))
 
-            body = await _read_body(request, route.body_bytes, take_room)
+            is_json = route.gate is not Gate.SOME_TASK
+            body = await _read_body(request, route.body_bytes, take_room, is_json=is_json)
             if line is not None:
                 _check_parts(body, _PARTS_OF_STRANGER)
-            elif route.gate is Gate.INSIDE:
-                _check_parts(body, _PARTS_OF_PROMPT)
-            elif roster:
+            elif roster and route.gate is not Gate.INSIDE:
                 _check_parts(body, _PARTS_OF_MEMBER)
         if line is not None:
             line.allow(_ANSWER_S)
@@ -449,20 +465,26 @@ async def _to_its_end(
 
 
 async def _read_body(
-    request: BaseRequest, at_most_bytes: int, take_room: Callable[[int], Awaitable[Keep]]
+    request: BaseRequest, at_most_bytes: int, take_room: Callable[[int], Awaitable[Keep]], *, is_json: bool
 ) -> bytes:
     """Read the body within the route's bound; refuse a larger one before reading it where it says so."""
     _check_head(request, at_most_bytes)
     length = request.content_length
     body = io.BytesIO()  # hands over what it holds without a copy
     first_bytes = min(_UNCOUNTED_BYTES, at_most_bytes)
+    keep: Keep | None = None
     if not await _read_on(request, body, first_bytes) and at_most_bytes > first_bytes:
-        keep = await take_room(at_most_bytes if length is None else length)
+        keep = await take_room(PER_BYTE * (at_most_bytes if length is None else length))
         await _read_on(request, body, at_most_bytes)
-        await keep(body.tell())
     if body.tell() > at_most_bytes:
         raise _too_large(at_most_bytes)
-    return body.getvalue()
+    whole = body.getvalue()
+    weight_bytes = weigh(whole) if is_json else len(whole)
+    if keep is not None:
+        await keep(weight_bytes)
+    elif weight_bytes > _UNCOUNTED_BYTES:
+        await take_room(weight_bytes)
+    return whole
 
 
 async def _read_on(request: BaseRequest, body: io.BytesIO, to_bytes: int) -> bool:

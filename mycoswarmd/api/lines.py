@@ -32,6 +32,8 @@ _SILENT.disabled = True
 
 # The OpenAI client keeps connections for a long time; an idle one costs a few KB.
 KEEPALIVE_S = 75.0
+# What is read at a time; twice as much may wait to be handled.
+_READ_BYTES = 32 << 10
 # aiohttp before 3.9 lets a handler run on when its caller has gone away; there we do what later ones do.
 _CANCELS_HANDLERS = "handler_cancellation" in inspect.signature(web.Server.__init__).parameters
 
@@ -87,6 +89,13 @@ class Line:
     refusal: Unavailable | None = None
     is_endless: bool = False
     _timer: asyncio.TimerHandle | None = None
+
+    @property
+    def who(self) -> str:
+        """Whose part of what there is an answer on this connection takes."""
+        return (
+            self.key or self.node_id or (share_of(self.account) if self.account is not None else self.source)
+        )
 
     @property
     def is_stranger(self) -> bool:
@@ -367,6 +376,7 @@ class LineServer(web.Server):
             "logger": _SILENT,
             # A compressed body would be inflated before anybody knows who sent it.
             "auto_decompress": False,
+            "read_bufsize": _READ_BYTES,
         }
         # Without this a client that goes away does not stop the engine's work. aiohttp's own test
         # server sets it where production does not, so our tests run this very class.
@@ -379,6 +389,9 @@ class LineServer(web.Server):
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Count the connection, when its handshake is done."""
         super().connection_made(handler, transport)
+        # asyncio reads 256 KiB at a time, aiohttp goes on until it has more than twice its own bound: a
+        # thousand connections that wait for room would fill the memory before any has room.
+        setattr(transport, "max_size", _READ_BYTES)  # noqa: B010 - not of every kind of transport
         self._open_lines.opened(handler, transport, self._door)
 
     def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:

@@ -45,8 +45,8 @@ T = TypeVar("T")
 _SMALL_BYTES = 1 << 20
 # A whole answer: twice the longest text that is accepted, for what JSON adds to it.
 _ANSWER_BYTES = 16 << 20
-# Vectors as text: 2,048 of 2,048 numbers are about 50 MB.
-_EMBEDDINGS_BYTES = 64 << 20
+# Vectors as text: 2,048 of 1,024 numbers are about 40 MB.
+_EMBEDDINGS_BYTES = 48 << 20
 # Python parses JSON without letting any other thread run, and makes twenty times as much of each list,
 # object and key. So they are counted first; no text that a model writes has as many of these signs.
 _PARTS = (b"[", b"{", b":")

@@ -400,6 +400,11 @@ def _too_long(error: dict[str, object]) -> BadRequest:
 
 def _dumps(body: dict[str, object]) -> bytes:
     try:
-        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
+        # As it came in: escapes make six bytes of two, and a member takes no more than this node does.
+        text = json.dumps(body, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+        try:
+            return text.encode()
+        except UnicodeEncodeError:  # half of a pair, which JSON may have and UTF-8 may not
+            return json.dumps(body, separators=(",", ":")).encode("ascii")
     except (ValueError, RecursionError) as exc:  # 1e999 in a schema is read as infinity
         raise BadRequest("bad-request", "cannot send the request: it has a number out of range") from exc

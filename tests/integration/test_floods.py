@@ -15,7 +15,7 @@ from mycoswarmd.api import access, app
 from mycoswarmd.api.access import Who
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
-from mycoswarmd.api.room import Size
+from mycoswarmd.api.room import PER_BYTE, Size, weigh
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Handler, Route
 from mycoswarmd.ctl.unixhttp import open_answer
 from mycoswarmd.errors import Unavailable
@@ -180,7 +180,7 @@ async def test_bodies_of_one_program_take_so_much_memory_and_no_more(
     each_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is a whole prompt but for its last byte: more than two are not read while those are not done."""
-    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(each_bytes, each_bytes * 2))
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(each_bytes * PER_BYTE, each_bytes * 2 * PER_BYTE))
     body = b'{"model": "ok", "messages": "' + b"x" * ((8 << 20) - 64)
     async with running_api() as node, AsyncExitStack() as stack:
         read = 0
@@ -203,7 +203,7 @@ async def test_who_hangs_up_gets_no_room_back_while_the_body_is_in_memory(
 ) -> None:
     """The handler goes on when its caller has gone away, and has the body for so long."""
     body = b"x" * (200 << 10)
-    monkeypatch.setitem(app._ROOMS, Who.NODE, Size(2 * len(body), 1 << 30))
+    monkeypatch.setitem(app._ROOMS, Who.NODE, Size(2 * weigh(body), 1 << 30))
     held, may_end = [], asyncio.Event()
 
     async def slow(call: Call) -> StreamResponse:
@@ -231,7 +231,7 @@ CHUNKED = "Transfer-Encoding: chunked"
 async def test_who_says_how_much_it_will_send_and_does_not_takes_nothing(
     length: str, first: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(8 << 20, 8 << 20))
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(PER_BYTE * 8 << 20, PER_BYTE * 8 << 20))
     async with running_api() as node, AsyncExitStack() as stack:
         for _ in range(4):
             one = await stack.enter_async_context(node.program())
@@ -245,7 +245,7 @@ async def test_who_says_how_much_it_will_send_and_does_not_takes_nothing(
 
 
 async def test_a_kind_of_caller_takes_the_room_of_its_kind_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(8 << 20, 8 << 20))
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(PER_BYTE * 8 << 20, PER_BYTE * 8 << 20))
     large = {"model": "none", "prompt": "x" * (200 << 10)}
     async with running_api() as node, AsyncExitStack() as stack:
         nina = await node.admit("nina")
@@ -265,7 +265,7 @@ async def test_a_kind_of_caller_takes_the_room_of_its_kind_alone(monkeypatch: py
 
 
 async def test_a_chunked_body_keeps_no_more_room_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(9 << 20, 9 << 20))
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(PER_BYTE * 9 << 20, PER_BYTE * 9 << 20))
     running, may_end = [], asyncio.Event()
 
     async def slow(call: Call) -> StreamResponse:
@@ -288,7 +288,7 @@ async def test_a_chunked_body_keeps_no_more_room_than_it_needs(monkeypatch: pyte
 @as_root
 async def test_accounts_without_a_name_have_the_part_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has a range of them in /etc/subuid takes no more than anybody."""
-    monkeypatch.setitem(app._ROOMS, Who.LOCAL, Size(8 << 20, 16 << 20))
+    monkeypatch.setitem(app._ROOMS, Who.LOCAL, Size(PER_BYTE * 8 << 20, PER_BYTE * 16 << 20))
     async with running_api() as node, AsyncExitStack() as stack:
         for uid in (300_000, 300_001, 300_002):
             await stack.enter_async_context(hoarder(node, uid=uid, connections=1, says=_HALF_A_PROMPT))

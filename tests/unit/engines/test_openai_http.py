@@ -236,7 +236,7 @@ TOO_MUCH = {
     "depth": (CHAT, b"[" * PARTS, "too many parts"),
     "models": ("/v1/models", b'{"data": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
     "error": (CHAT, b'{"error": [' + b"[]," * PARTS + b"{}]}", "too many parts"),
-    "embeddings": ("/v1/embeddings", b" " * ((64 << 20) + 1), f"larger than {64 << 20} bytes"),
+    "embeddings": ("/v1/embeddings", b" " * ((48 << 20) + 1), f"larger than {48 << 20} bytes"),
 }
 
 

@@ -86,6 +86,21 @@ def test_infinity_in_a_schema_is_refused() -> None:
         encode_request(prompt, stream=False)
 
 
+def test_what_is_sent_on_is_no_larger_than_what_came() -> None:
+    text = "Grüße 你好 🍄 " * 1000
+    body = json.dumps(
+        {"model": "m", "messages": [{"role": "user", "content": text}]}, ensure_ascii=False
+    ).encode()
+    whole = encode_request(parse_chat(body), stream=False)
+    assert len(whole) <= len(body) and json.loads(whole)["messages"][0]["content"] == text
+    # Half of a pair is in UTF-8 nothing, and in JSON an escape.
+    schema = b'{"type": "json_schema", "json_schema": {"name": "s", "schema": {"const": "\\ud800"}}}'
+    odd = parse_chat(
+        b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": ' + schema + b"}"
+    )
+    assert b'"\\ud800"' in encode_request(odd, stream=False)
+
+
 def answer(message: object, **more: object) -> bytes:
     return dumps(
         {"choices": [{"message": message, "finish_reason": "stop", **more}], "usage": {"prompt_tokens": 1}}
