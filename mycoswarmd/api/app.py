@@ -58,8 +58,9 @@ _ROOMS = {
     Who.NODE: Size(48 << 20, 96 << 20),
     Who.STRANGER: Size(64 << 20, 64 << 20),  # never full: there are 16 connections, and 512 KiB on each
 }
-# The same for answers that are sent in one piece, until they are gone.
+# The same for answers that are sent in one piece, until they are gone. One that waits is in memory already.
 _ANSWERS = Size(32 << 20, 96 << 20)
+_ANSWER_WAITS_S = 5.0
 _READER_S = 120.0  # the largest at 0.4 MB/s
 # So little is not counted: a connection's own buffers are larger, and who only says that it will send much
 # takes nothing.
@@ -102,7 +103,7 @@ class Api:
         self._doorman = doorman
         self._router = make_router(routes)
         self._rooms = {kind: BodyRoom(size, patience_s=_BODY_S) for kind, size in _ROOMS.items()}
-        self._answers = BodyRoom(_ANSWERS, patience_s=_BODY_S)
+        self._answers = BodyRoom(_ANSWERS, patience_s=_ANSWER_WAITS_S)
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()

@@ -111,6 +111,6 @@ def _objects_bytes(body: bytes) -> int:
 def _full() -> Unavailable:
     return Unavailable(
         "too-many-bodies",
-        "cannot read the request: others that came before it fill the memory for them",
+        "cannot take or answer the request: others that came before it fill the memory for them",
         hint="send fewer large ones at a time",
     )

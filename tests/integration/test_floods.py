@@ -19,6 +19,7 @@ from mycoswarmd.api.room import PER_BYTE, Size, weigh
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Handler, Route
 from mycoswarmd.ctl.unixhttp import open_answer
 from mycoswarmd.errors import Unavailable
+from tests.fakes import OPENAI, Turn, embed_ok, serving
 from tests.integration.apis import API_KEY, Answer, Connection, Running, local_user, running_api
 
 pytestmark = pytest.mark.integration
@@ -297,3 +298,56 @@ async def test_accounts_without_a_name_have_the_part_of_one(monkeypatch: pytest.
         async with asyncio.timeout(5):
             body = {"model": "none", "prompt": "x" * (200 << 10)}
             assert (await bob.ask("POST", "/v1/completions", body)).status in {403, 404}
+
+
+@pytest.mark.parametrize("each_bytes", [24 << 20, 1 << 40], ids=["bounded", "control"])
+async def test_answers_that_nobody_takes_fill_their_room_and_no_more(
+    each_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_ANSWERS", Size(each_bytes, 1 << 40))
+    monkeypatch.setattr(app, "_ANSWER_WAITS_S", 0.1)
+    monkeypatch.setattr(app, "_READER_S", 1.0)
+
+    async def much(call: Call) -> StreamResponse:
+        return json_answer({"text": "x" * (10 << 20)})
+
+    async with running_api(routes=routes_with("/v1/completions", much)) as node, AsyncExitStack() as stack:
+        begun = []
+        for _ in range(4):
+            one = await stack.enter_async_context(node.program())
+            await one.send("POST", "/v1/completions", {}, KNOWN)
+            begun.append((await one.reader.readline()).split()[1])
+        assert begun.count(b"503") == (2 if each_bytes == 24 << 20 else 0), begun
+        # Who takes none of it is left, and there is room again.
+        async with asyncio.timeout(10):
+            while True:
+                last = await stack.enter_async_context(node.program())
+                if (await last.ask("POST", "/v1/completions", {}, KNOWN)).status == 200:
+                    break
+                await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize(("inputs", "at_once"), [(100, 1), (4, 3)], ids=["many", "control"])
+async def test_many_vectors_are_fetched_for_one_caller_at_a_time(inputs: int, at_once: int) -> None:
+    working = most = 0
+
+    async def slow(turn: Turn) -> None:
+        nonlocal working, most
+        working += 1
+        most = max(most, working)
+        await asyncio.sleep(0.3)
+        working -= 1
+        await embed_ok(turn)
+
+    body = {"model": "small", "input": ["x"] * inputs}
+    async with (
+        serving({**OPENAI, "/v1/embeddings": slow}) as fake,
+        running_api(engine_url=fake.address) as node,
+        AsyncExitStack() as stack,
+    ):
+        while not node.services.prompts.models():
+            await asyncio.sleep(0.01)
+        callers = [await stack.enter_async_context(local_user(node, uid=0)) for _ in range(3)]
+        answers = await asyncio.gather(*(one.ask("POST", "/v1/embeddings", body) for one in callers))
+        assert [len(one.json["data"]) for one in answers] == [inputs] * 3
+    assert most == at_once
