@@ -370,8 +370,7 @@ class Api:
                 room = self._room_for(caller)
                 return held.enter_async_context(room.taken(share_of(caller.principal), size_bytes))
 
-            is_json = route.gate is not Gate.SOME_TASK
-            body = await _read_body(request, route.body_bytes, take_room, is_json=is_json)
+            body = await _read_body(request, route.body_bytes, take_room)
             if line is not None:
                 _check_parts(body, _PARTS_OF_STRANGER)
             elif roster and route.gate is not Gate.INSIDE:
@@ -466,7 +465,7 @@ async def _to_its_end(
 
 
 async def _read_body(
-    request: BaseRequest, at_most_bytes: int, take_room: Callable[[int], Awaitable[Keep]], *, is_json: bool
+    request: BaseRequest, at_most_bytes: int, take_room: Callable[[int], Awaitable[Keep]]
 ) -> bytes:
     """Read the body within the route's bound; refuse a larger one before reading it where it says so."""
     _check_head(request, at_most_bytes)
@@ -480,7 +479,7 @@ async def _read_body(
     if body.tell() > at_most_bytes:
         raise _too_large(at_most_bytes)
     whole = body.getvalue()
-    weight_bytes = weigh(whole) if is_json else len(whole)
+    weight_bytes = weigh(whole)
     if keep is not None:
         await keep(weight_bytes)
     elif weight_bytes > _UNCOUNTED_BYTES:
