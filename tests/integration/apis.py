@@ -392,6 +392,7 @@ async def running_api(
     in_swarm: bool = True,
     cuts: bool = True,
     makes_room: bool = True,
+    agent: bytes | None = None,
 ) -> AsyncIterator[Running]:
     """Run a node with its three listeners; it has begun a swarm of which it is the first signer."""
     async with AsyncExitStack() as stack:
@@ -428,7 +429,7 @@ async def running_api(
             engines.append(OllamaEngine(name="ollama", url=ollama_url, destinations=dict))
         newcomer = Newcomer()
         services, desk, fleet, words = _services(
-            directory, db, receipts, keys, clock, swarm, engines, newcomer
+            directory, db, receipts, keys, clock, swarm, engines, newcomer, agent or build_agent()
         )
         tls = _tls(swarm)
         context = tls.server_context(
@@ -513,6 +514,7 @@ def _services(
     swarm: Swarm,
     engines: Sequence[Engine],
     newcomer: Newcomer,
+    agent: bytes,
 ) -> tuple[Services, SwarmDesk, Fleet, Words]:
     policy, entropy = Desk(), SystemEntropy()
     approvals = SqliteApprovalStore(db)
@@ -540,7 +542,7 @@ def _services(
         prompts=prompts,
         store=task_store,
         blobs=blobs,
-        cages=BubblewrapCages(build_agent(), directory),
+        cages=BubblewrapCages(agent, directory),
         desk=desk,
         receipts=receipts,
         clock=clock,

@@ -1,0 +1,261 @@
+"""Blobs over the HTTP interface: they come and go in pieces, and what does not end well leaves nothing."""
+
+import asyncio
+import errno
+import hashlib
+import os
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mycoswarmd.api import app
+from mycoswarmd.api.routes import ROUTES, Route
+from mycoswarmd.core.tasks import TaskSpec
+from mycoswarmd.core.types import Principal, TaskId
+from tests.integration.apis import Answer, Connection, Running, local_user, running_api
+from tests.nodes import node as real_node
+
+pytestmark = pytest.mark.integration
+
+DATA = bytes(range(256)) * 3_600  # 900 KiB, of the 1 MiB that these nodes take
+NAME = hashlib.sha256(DATA).hexdigest()
+PATH = f"/api/blobs/{NAME}"
+
+
+def blobs_of(node: Running) -> Path:
+    return node.directory / "state" / "blobs"
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+def head(one: Connection, path: str, *more: str) -> bytes:
+    return "\r\n".join([f"PUT {path} HTTP/1.1", f"Host: {one.host}", *more, "", ""]).encode()
+
+
+async def until_empty(directory: Path) -> None:
+    async with asyncio.timeout(5):
+        while names(directory):
+            await asyncio.sleep(0.02)
+
+
+async def until_begun(directory: Path, size_bytes: int) -> None:
+    """Wait until so much of an upload is in its unfinished file."""
+    async with asyncio.timeout(5):
+        while not names(directory) or (directory / names(directory)[0]).stat().st_size < size_bytes:
+            await asyncio.sleep(0.02)
+    assert [name[:5] for name in names(directory)] == [".new-"]
+
+
+async def post(node: Running, blob: str) -> TaskId:
+    """Store a task with these bytes as its workspace and its changes; nobody carries it out."""
+    spec = TaskSpec(
+        prompt="x", agent="scribe", label="private", submitter=Principal(user="root"), workspace=blob
+    )
+    task, _ = await node.services.task_store.enqueue(spec, task_id=TaskId("t-1"), now_ms=1, max_open=10)
+    return task.id
+
+
+async def test_a_blob_comes_and_goes_by_the_socket_and_over_the_network() -> None:
+    async with running_api() as node, local_user(node, uid=0) as owner:
+        anna = await node.admit("anna", role="operator")
+        for n, ask in enumerate((owner.ask, lambda *what: node.ask(anna, *what))):
+            data = DATA + bytes([n])
+            sha256 = hashlib.sha256(data).hexdigest()
+            for _ in range(2):
+                put = await ask("PUT", f"/api/blobs/{sha256}", data)
+                assert (put.status, put.json) == (200, {"sha256": sha256}), put.body
+            body = {"prompt": "hello", "agent": "scribe", "model": "small", "workspace": sha256}
+            posted = await ask("POST", "/api/tasks", body)
+            assert posted.status == 202, posted.body
+            task = f"/api/tasks/{posted.json['task']['id']}"
+            found: Answer = await ask("GET", f"{task}/workspace")
+            assert (found.status, found.headers["content-type"]) == (200, "application/x-tar")
+            assert found.headers["content-length"] == str(len(data))
+            assert found.body == data
+            assert (await ask("GET", f"{task}/changes")).status == 204
+        assert len(names(blobs_of(node))) == 2
+
+
+async def test_a_chunked_blob_is_as_good_as_any_and_the_connection_goes_on() -> None:
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        async with node.connected(anna) as one:
+            one.writer.write(head(one, PATH, "Transfer-Encoding: chunked"))
+            for start in range(0, len(DATA), 100_000):
+                piece = DATA[start : start + 100_000]
+                one.writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                await one.writer.drain()
+            one.writer.write(b"0\r\n\r\n")
+            assert (await one.answer()).status == 200
+            other = await one.ask("PUT", f"/api/blobs/{'0' * 64}", b"not that")
+            assert (other.status, other.code) == (400, "wrong-hash")
+            assert (await one.ask("PUT", PATH, DATA)).status == 200
+        assert names(blobs_of(node)) == [NAME]
+
+
+async def test_a_sender_that_goes_away_in_the_middle_leaves_nothing() -> None:
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        async with node.connected(anna) as one:
+            one.writer.write(head(one, PATH, f"Content-Length: {len(DATA)}") + DATA[:500_000])
+            await until_begun(blobs_of(node), 500_000)
+        await until_empty(blobs_of(node))
+        assert (await node.ask(anna, "PUT", PATH, DATA)).status == 200
+
+
+@pytest.mark.parametrize("leaves", ["closes", "half-closes"])
+def test_a_local_sender_that_goes_away_in_the_middle_leaves_nothing(tmp_path: Path, leaves: str) -> None:
+    state = tmp_path / "node"
+    with real_node(state) as daemon, socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(daemon.socket))
+        request = f"PUT {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(DATA)}\r\n\r\n"
+        sock.sendall(request.encode() + DATA[:500_000])
+        give_up_s = time.monotonic() + 5
+        while not names(state / "blobs"):
+            assert time.monotonic() < give_up_s
+            time.sleep(0.02)
+        sock.shutdown(socket.SHUT_WR) if leaves == "half-closes" else sock.close()
+        while names(state / "blobs"):
+            assert time.monotonic() < give_up_s
+            time.sleep(0.02)
+        assert "Traceback" not in daemon.log()
+
+
+def table(at_most_bytes: int) -> list[Route]:
+    """Return the table with another bound for blobs."""
+    return [replace(row, body_bytes=at_most_bytes) if "/blobs/" in row.path else row for row in ROUTES]
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+async def test_more_than_the_interface_takes_is_refused(is_said: bool) -> None:
+    async with running_api(routes=table(600_000)) as node:
+        anna = await node.admit("anna", role="operator")
+        async with node.connected(anna) as one:
+            if is_said:  # nothing of it is read
+                one.writer.write(head(one, PATH, f"Content-Length: {len(DATA)}"))
+            else:
+                one.writer.write(head(one, PATH, "Transfer-Encoding: chunked") + b"%x\r\n" % len(DATA) + DATA)
+            async with asyncio.timeout(5):
+                answer = await one.answer()
+            assert (answer.status, answer.code) == (413, "too-large")
+        await until_empty(blobs_of(node))
+
+
+async def test_more_than_the_store_takes_is_refused() -> None:
+    data = bytes((1 << 20) + 1)
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        answer = await node.ask(anna, "PUT", f"/api/blobs/{hashlib.sha256(data).hexdigest()}", data)
+        assert (answer.status, answer.code) == (413, "blob-too-large")
+        await until_empty(blobs_of(node))
+
+
+@pytest.mark.parametrize(
+    ("header", "path", "code"),
+    [
+        ("Content-Encoding: gzip", PATH, "compressed-body"),
+        ("X: y", "/api/blobs/" + "A" * 64, "wrong-hash"),
+        ("X: y", "/api/blobs/..", "wrong-hash"),
+    ],
+)
+async def test_what_the_head_shows_to_be_wrong_is_not_read(header: str, path: str, code: str) -> None:
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        async with node.connected(anna) as one, asyncio.timeout(5):
+            one.writer.write(head(one, path, header, "Content-Length: 1000"))
+            assert (await one.answer()).code == code
+        assert not names(blobs_of(node))
+
+
+async def test_nothing_is_read_from_someone_who_may_post_no_task() -> None:
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        node.services.policy.policy = None  # type: ignore[misc]
+        async with node.connected(anna) as one, asyncio.timeout(5):
+            one.writer.write(head(one, PATH, "Content-Length: 1000"))
+            answer = await one.answer()
+        assert (answer.status, answer.code) == (403, "policy-denied")
+        assert not blobs_of(node).exists()
+
+
+async def test_a_sender_that_is_too_slow_is_told_so_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "_BODY_S", 0.5)
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        async with node.connected(anna) as one, asyncio.timeout(5):
+            one.writer.write(head(one, PATH, f"Content-Length: {len(DATA)}"))
+            for n in range(10):  # each piece comes in time, all of them do not
+                one.writer.write(DATA[n * 1000 : n * 1000 + 1000])
+                await asyncio.sleep(0.1)
+            answer = await one.answer()
+        assert (answer.status, answer.code) == (408, "slow-body")
+        await until_empty(blobs_of(node))
+
+
+async def test_a_slow_disk_is_not_the_senders_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.statvfs, []
+
+    def slow(path: str) -> os.statvfs_result:
+        time.sleep(0.2)
+        calls.append(path)
+        return real(path)
+
+    monkeypatch.setattr(app, "_BODY_S", 0.5)
+    monkeypatch.setattr("mycoswarmd.store.blobs.os.statvfs", slow)
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        assert (await node.ask(anna, "PUT", PATH, DATA)).status == 200
+    assert len(calls) > 3
+
+
+async def test_a_damaged_or_unknown_workspace_is_said_when_it_is_posted_and_when_it_is_read() -> None:
+    async with running_api() as node, local_user(node, uid=0) as owner:
+        assert (await owner.ask("PUT", PATH, DATA)).status == 200
+        task = await post(node, NAME)
+        (blobs_of(node) / NAME).write_bytes(DATA[:-1] + b"?")
+        body = {"prompt": "hello", "agent": "scribe", "workspace": NAME}
+        for answer in (
+            await owner.ask("POST", "/api/tasks", body),
+            await owner.ask("GET", f"/api/tasks/{task}/workspace"),
+        ):
+            assert (answer.status, answer.code) == (503, "blob-damaged"), answer.body
+        assert (await owner.ask("PUT", PATH, DATA)).status == 200  # the good copy takes its place
+        assert (await owner.ask("GET", f"/api/tasks/{task}/workspace")).body == DATA
+        answer = await owner.ask("POST", "/api/tasks", {**body, "workspace": "0" * 64})
+        assert (answer.status, answer.code) == (404, "unknown-blob")
+
+
+async def test_a_disk_that_fails_while_a_blob_is_sent_ends_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = os.pread
+
+    def failing(fd: int, size_bytes: int, offset: int) -> bytes:
+        if offset > 300_000 and size_bytes < 1 << 20:  # it was hashed in larger pieces
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, size_bytes, offset)
+
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        assert (await node.ask(anna, "PUT", PATH, DATA)).status == 200
+        task = await post(node, NAME)
+        monkeypatch.setattr("mycoswarmd.store.blobs.os.pread", failing)
+        async with node.connected(anna) as one, asyncio.timeout(5):
+            await one.send("GET", f"/api/tasks/{task}/workspace")
+            status, headers = await one.head()
+            assert (status, headers["content-length"]) == (200, str(len(DATA)))
+            came = b""
+            try:
+                while piece := await one.reader.read(1 << 16):
+                    came += piece
+            except ConnectionError:
+                pass
+        assert 200_000 < len(came) < len(DATA)
+        assert DATA.startswith(came)
