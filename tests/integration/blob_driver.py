@@ -1,0 +1,27 @@
+"""A process to be killed: writes blobs piece by piece and prints the name of each that is acknowledged."""
+
+import asyncio
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mycoswarmd.store.blobs import DirectoryBlobStore
+
+BLOBS, PIECES = 2, 3
+
+
+async def main(directory: Path) -> None:
+    # All system calls of the store in one thread, so that they can be counted.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    store = DirectoryBlobStore(directory, max_bytes=1 << 20)
+    for n in range(BLOBS):
+        async with store.writing() as blob:
+            for piece in range(PIECES):
+                await blob.write(bytes([n, piece]) * 10_000)
+            os.write(1, f"{await blob.finish()}\n".encode())
+    os.write(1, b"done\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))
