@@ -189,12 +189,18 @@ async def test_a_sender_that_is_too_slow_is_told_so_and_leaves_nothing(
     monkeypatch.setattr(app, "_BODY_S", 0.5)
     async with running_api() as node:
         anna = await node.admit("anna", role="operator")
-        async with node.connected(anna) as one, asyncio.timeout(5):
+        async with node.connected(anna) as one, asyncio.TaskGroup() as group:
             one.writer.write(head(one, PATH, f"Content-Length: {len(DATA)}"))
-            for n in range(10):  # each piece comes in time, all of them do not
-                one.writer.write(DATA[n * 1000 : n * 1000 + 1000])
-                await asyncio.sleep(0.1)
-            answer = await one.answer()
+
+            async def drip() -> None:  # each piece comes in time, all of them do not
+                for n in range(100):
+                    one.writer.write(DATA[n * 1000 : n * 1000 + 1000])
+                    await asyncio.sleep(0.1)
+
+            dripping = group.create_task(drip())
+            async with asyncio.timeout(3):
+                answer = await one.answer()
+            dripping.cancel()
         assert (answer.status, answer.code) == (408, "slow-body")
         await until_empty(blobs_of(node))
 
