@@ -194,9 +194,10 @@ async def _send_blob(call: Call, sha256: str) -> StreamResponse:
         try:
             async for piece in blob.pieces(_PIECE_BYTES):
                 await send(response, piece)
-        except StoreError as exc:
+        except (StoreError, ConnectionError) as exc:
             # The head said how much would come: the end of the connection says that it did not.
-            log.error("cannot send a blob: %s", exc)  # noqa: TRY400 - no traceback for a broken disk
+            if isinstance(exc, StoreError):
+                log.error("cannot send a blob: %s", exc)  # noqa: TRY400 - no traceback for a broken disk
             if call.request.transport is not None:
                 abort(call.request.transport)
             raise ConnectionResetError from exc

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mycoswarmd.api import app
+from mycoswarmd.api import app, openai
 from mycoswarmd.api.routes import ROUTES, Route
 from mycoswarmd.core.tasks import TaskSpec
 from mycoswarmd.core.types import Principal, TaskId
@@ -265,3 +265,33 @@ async def test_a_disk_that_fails_while_a_blob_is_sent_ends_the_connection(
                 pass
         assert 200_000 < len(came) < len(DATA)
         assert DATA.startswith(came)
+
+
+async def test_who_does_not_read_on_loses_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "_UNREAD_S", 0.5)
+    data = bytes(32 << 20)  # more than the kernel keeps for anybody
+    name = hashlib.sha256(data).hexdigest()
+    async with running_api() as node:
+        monkeypatch.setattr(node.services.blobs, "_max_bytes", len(data))
+        anna = await node.admit("anna", role="operator")
+        assert (await node.ask(anna, "PUT", f"/api/blobs/{name}", data)).status == 200
+        task = await post(node, name)
+
+        def is_open() -> bool:
+            files = [fd.readlink().name for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+            return name in files
+
+        async with node.connected(anna) as one:
+            await one.send("GET", f"/api/tasks/{task}/workspace")
+            assert (await one.head())[0] == 200
+            assert is_open()
+            async with asyncio.timeout(5):
+                while is_open():
+                    await asyncio.sleep(0.05)
+            came = 0
+            try:
+                while piece := await one.reader.read(1 << 20):
+                    came += len(piece)
+            except ConnectionError:
+                pass
+        assert came < len(data)
