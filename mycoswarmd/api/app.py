@@ -25,7 +25,8 @@ from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed, share_of, with_way_out
 from mycoswarmd.api.call import ROSTER_HEADER, Call
-from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer, abort
+from mycoswarmd.api.handler import abort
+from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
 from mycoswarmd.api.room import PER_BYTE, BodyRoom, Keep, Size, weigh
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Route, make_router
@@ -58,9 +59,9 @@ _ROOMS = {
     Who.NODE: Size(48 << 20, 96 << 20),
     Who.STRANGER: Size(64 << 20, 64 << 20),  # never full: there are 16 connections, and 512 KiB on each
 }
-# The same for answers that are sent in one piece, until they are gone. One that waits is in memory already.
+# The same for answers that are sent in one piece, until they are gone. They are in memory by then, so none
+# waits.
 _ANSWERS = Size(32 << 20, 96 << 20)
-_ANSWER_WAITS_S = 5.0
 _READER_S = 120.0  # the largest at 0.4 MB/s
 # So little is not counted: a connection's own buffers are larger, and who only says that it will send much
 # takes nothing.
@@ -103,7 +104,7 @@ class Api:
         self._doorman = doorman
         self._router = make_router(routes)
         self._rooms = {kind: BodyRoom(size, patience_s=_BODY_S) for kind, size in _ROOMS.items()}
-        self._answers = BodyRoom(_ANSWERS, patience_s=_ANSWER_WAITS_S)
+        self._answers = BodyRoom(_ANSWERS, patience_s=0)
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()
@@ -232,9 +233,10 @@ class Api:
         if not isinstance(body, bytes) or len(body) <= _UNCOUNTED_BYTES:
             return response
         try:
-            async with self._answers.taken(line.who, len(body)), asyncio.timeout(_READER_S):
-                await response.prepare(request)
-                await response.write_eof()
+            with self._answers.taken_now(line.who, len(body)):
+                async with asyncio.timeout(_READER_S):
+                    await response.prepare(request)
+                    await response.write_eof()
         except Unavailable as exc:
             return _refusal(exc)
         except TimeoutError:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.call import Call, json_answer
-from mycoswarmd.api.lines import abort
+from mycoswarmd.api.handler import abort
 from mycoswarmd.api.openai import send
 from mycoswarmd.core.names import NAME
 from mycoswarmd.core.placement import Candidate, why_not

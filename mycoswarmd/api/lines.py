@@ -13,7 +13,7 @@ import logging
 import ssl
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -22,6 +22,7 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
 from mycoswarmd.api.access import Door, share_of
+from mycoswarmd.api.handler import BOUNDS_ITSELF, BoundedHandler, Kept, abort
 from mycoswarmd.api.porch import source_of
 from mycoswarmd.core.types import Principal
 from mycoswarmd.errors import BadRequest, Unavailable
@@ -60,12 +61,6 @@ class Bounds:
     handshakes_of_source: int = 32
     refused: int = 64  # that are only told that there are too many
     patience_s: float = 5.0
-
-
-def abort(transport: asyncio.WriteTransport) -> None:
-    """End a connection at once, also one that is closed already, which Python before 3.11.4 cannot bear."""
-    with suppress(AttributeError):
-        transport.abort()
 
 
 @dataclass(slots=True, eq=False)
@@ -385,6 +380,15 @@ class LineServer(web.Server):
         super().__init__(handle, **options)  # type: ignore[arg-type]
         self._open_lines = lines
         self._door = door
+        self._kept = Kept()
+
+    def __call__(self) -> RequestHandler:
+        """Make the handler of one connection."""
+        if BOUNDS_ITSELF:
+            return RequestHandler(self, loop=self._loop, **self._kwargs)
+        handler = BoundedHandler(self, loop=self._loop, **self._kwargs)
+        handler.kept = self._kept
+        return handler
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Count the connection, when its handshake is done."""

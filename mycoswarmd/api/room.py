@@ -11,8 +11,8 @@ Source: sys.getsizeof of CPython 3.11; tests/integration/test_body_memory.py mea
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from mycoswarmd.errors import BadRequest, Unavailable
@@ -80,6 +80,17 @@ class BodyRoom:
             yield keep
         finally:
             await keep(0)
+
+    @contextmanager
+    def taken_now(self, who: str, size_bytes: int) -> Iterator[None]:
+        """Hold so many bytes of what is in memory already, or raise Unavailable."""
+        if not self._fits(who, size_bytes):
+            raise _full()
+        self._of[who] += size_bytes
+        try:
+            yield
+        finally:
+            self._of[who] -= size_bytes
 
     def _fits(self, who: str, size_bytes: int) -> bool:
         mine, everybodys = self._of[who], self._of.total()

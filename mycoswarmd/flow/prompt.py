@@ -7,10 +7,9 @@ with the same limits, each under its own Permit. What came from another node is 
 at all: there is no third hop. No text of a prompt enters facts, receipts, logs or errors.
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -41,8 +40,6 @@ Whole = TypeVar("Whole", Answer, Embeddings)
 _NAME_SHOWN = 80
 _PEER = "peer"
 _NOT_UP = frozenset({"starting", "down", "stopped"})
-# More vectors than this at a time are tens of MB; of those, one answer is in memory.
-_MANY_VECTORS = 64
 _DAY_S = 86_400
 _MINUTE_S = 60
 
@@ -94,11 +91,7 @@ class Node:
 
 
 class Prompts:
-    """Routes prompts. One per daemon.
-
-    Attributes:
-        many_vectors: held by who is answered with many vectors.
-    """
+    """Routes prompts. One per daemon."""
 
     def __init__(
         self,
@@ -120,7 +113,6 @@ class Prompts:
         self._desk = desk
         self._clock = clock
         self.node = node
-        self.many_vectors = asyncio.Semaphore(1)
 
     def models(self) -> list[ModelInfo]:
         """Return everything that some engine says it serves."""
@@ -444,10 +436,8 @@ class Routed:
         return await self._first_answer(lambda place: place.engine.complete(place.permit, self.prompt))
 
     async def embed(self) -> Embeddings:
-        """Return one vector for each input; many at once have to wait for each other."""
-        many = self._prompts.many_vectors if len(self.prompt.inputs) > _MANY_VECTORS else nullcontext()
-        async with many:
-            return await self._first_answer(lambda place: place.engine.embed(place.permit, self.prompt))
+        """Return one vector for each input."""
+        return await self._first_answer(lambda place: place.engine.embed(place.permit, self.prompt))
 
     async def _first_answer(self, ask: Callable[[Place], Awaitable[Whole]]) -> Whole:
         with self._ending():

@@ -10,6 +10,7 @@ Laws: every name carries the session's, so that sessions never meet; a janitor p
 when the session ends in whatever way; pulling a plug kills a machine at once and keeps its disk.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -499,7 +500,8 @@ def kill_group(group: Path) -> None:
     """Kill every process of a cgroup2 subtree and wait until they are gone."""
     give_up_s = time.monotonic() + 20
     while _is_populated(group):
-        (group / "cgroup.kill").write_text("1")
+        with suppress(FileNotFoundError):
+            (group / "cgroup.kill").write_text("1")
         assert time.monotonic() < give_up_s, f"{group} does not die"
         time.sleep(0.02)
 
@@ -507,8 +509,10 @@ def kill_group(group: Path) -> None:
 def _is_populated(group: Path) -> bool:
     try:
         return "populated 1" in (group / "cgroup.events").read_text()
-    except FileNotFoundError:
-        return False
+    except OSError as exc:
+        if exc.errno in {errno.ENOENT, errno.ENODEV}:  # not there, or removed meanwhile
+            return False
+        raise
 
 
 def _remove_group(group: Path) -> None:

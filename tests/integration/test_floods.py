@@ -305,7 +305,6 @@ async def test_answers_that_nobody_takes_fill_their_room_and_no_more(
     each_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "_ANSWERS", Size(each_bytes, 1 << 40))
-    monkeypatch.setattr(app, "_ANSWER_WAITS_S", 0.1)
     monkeypatch.setattr(app, "_READER_S", 1.0)
 
     async def much(call: Call) -> StreamResponse:

@@ -14,7 +14,7 @@ from mycoswarmd.wire.prompt import Delta, Prompt, Via
 from tests.permits import permit_for
 
 # Short enough to wait for in a test, long enough for a slow machine.
-QUICK = Patience(connect_s=1.0, first_byte_s=0.4, idle_s=0.4, answer_s=0.4, probe_s=1.0)
+QUICK = Patience(connect_s=2.0, first_byte_s=0.8, idle_s=0.8, answer_s=0.8, probe_s=2.0)
 E = TypeVar("E", bound=OpenAIEngine)
 
 
