@@ -63,6 +63,9 @@ _ROOMS = {
 # waits.
 _ANSWERS = Size(32 << 20, 96 << 20)
 _READER_S = 120.0  # the largest at 0.4 MB/s
+# How many requests go on that change something, whether or not their callers are still there: no bound of
+# connections counts those.
+_GOING = Size(64, 256)
 # So little is not counted: a connection's own buffers are larger, and who only says that it will send much
 # takes nothing.
 _UNCOUNTED_BYTES = 32 << 10
@@ -104,6 +107,7 @@ class Api:
         self._doorman = doorman
         self._router = make_router(routes)
         self._rooms = {kind: BodyRoom(size, patience_s=_BODY_S) for kind, size in _ROOMS.items()}
+        self._going = {kind: BodyRoom(_GOING, patience_s=0) for kind in _ROOMS}
         self._answers = BodyRoom(_ANSWERS, patience_s=0)
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
@@ -338,11 +342,11 @@ class Api:
                 await held.enter_async_context(self._turn_of(caller))
             return await self._handled(held, route, names, caller, request, roster, line)
 
-    def _room_for(self, caller: Caller) -> BodyRoom:
-        """Return what holds the memory for a body."""
+    def _kind_of(self, caller: Caller) -> str:
+        """Return which of the rooms is for this caller."""
         if caller.principal.is_owner:
-            return self._rooms["owner"]
-        return next(room for kind, room in self._rooms.items() if kind in caller.roles)
+            return "owner"
+        return next(kind for kind in self._rooms if kind in caller.roles)
 
     def _turn_of(self, caller: Caller) -> asyncio.Semaphore:
         """Return what a member's rosters wait for."""
@@ -369,7 +373,7 @@ class Api:
         elif request.body_exists:
 
             def take_room(size_bytes: int) -> Awaitable[Keep]:
-                room = self._room_for(caller)
+                room = self._rooms[self._kind_of(caller)]
                 return held.enter_async_context(room.taken(share_of(caller.principal), size_bytes))
 
             body = await _read_body(request, route.body_bytes, take_room)
@@ -382,6 +386,8 @@ class Api:
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster, pieces)
         if route.runs_to_its_end:
             # What changes something is not left half done when its caller goes away.
+            going = self._going[self._kind_of(caller)]
+            held.enter_context(going.taken_now(share_of(caller.principal), 1))
             return await asyncio.shield(
                 self._begun.create_task(_to_its_end(held.pop_all(), route, call, caller))
             )

@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import logging
 import ssl
+from asyncio import constants, sslproto
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -378,6 +379,9 @@ class LineServer(web.Server):
         if _CANCELS_HANDLERS:
             options["handler_cancellation"] = True
         super().__init__(handle, **options)  # type: ignore[arg-type]
+        # Each TLS connection has a buffer of that size from its beginning, and lets eight as large fill up.
+        sslproto.SSLProtocol.max_size = _READ_BYTES
+        setattr(constants, "FLOW_CONTROL_HIGH_WATER_SSL_READ", _READ_BYTES >> 10)  # noqa: B010 - Final
         self._open_lines = lines
         self._door = door
         self._kept = Kept()

@@ -32,7 +32,7 @@ _STRING = re.compile(rb'"[^"]*"')
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """So many bytes for one caller, and for all."""
+    """So much for one caller, and for all: bytes, or whatever is counted."""
 
     each_bytes: int
     all_bytes: int

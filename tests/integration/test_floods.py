@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp.web_response import StreamResponse
 
-from mycoswarmd.api import access, app
+from mycoswarmd.api import access, app, lines
 from mycoswarmd.api.access import Who
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
@@ -350,3 +351,49 @@ async def test_many_vectors_are_fetched_for_one_caller_at_a_time(inputs: int, at
         answers = await asyncio.gather(*(one.ask("POST", "/v1/embeddings", body) for one in callers))
         assert [len(one.json["data"]) for one in answers] == [inputs] * 3
     assert most == at_once
+
+
+@pytest.mark.parametrize("each", [3, 1000], ids=["bounded", "control"])
+async def test_what_goes_on_without_its_callers_is_bounded(
+    each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_GOING", Size(each, 1000))
+    going, may_end = 0, asyncio.Event()
+
+    async def slow(call: Call) -> StreamResponse:
+        nonlocal going
+        going += 1
+        await may_end.wait()
+        return json_answer({})
+
+    async with running_api(routes=routes_with(SYNC_PATH, slow)) as node:
+        nina, otto = await node.admit("nina"), await node.admit("otto")
+        for _ in range(8):
+            async with node.connected(nina) as one:
+                await one.send("POST", SYNC_PATH, b"{}")
+                await asyncio.sleep(0.05)
+        assert going == min(each, 4)  # a member's rosters come four at a time
+        if each == 3:
+            assert (await node.ask(nina, "POST", SYNC_PATH, b"{}")).code == "too-many-bodies"
+        asked = asyncio.create_task(node.ask(otto, "POST", SYNC_PATH, b"{}"))
+        await asyncio.sleep(0.1)
+        may_end.set()
+        assert (await asked).status == 200
+        assert (await node.ask(nina, "POST", SYNC_PATH, b"{}")).status == 200
+
+
+@pytest.mark.parametrize("read_bytes", [lines._READ_BYTES, 256 << 10], ids=["bounded", "control"])
+async def test_a_connection_of_a_member_takes_little_memory(
+    read_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each, both ends are in this process."""
+    monkeypatch.setattr(lines, "_READ_BYTES", read_bytes)
+    async with running_api() as node, AsyncExitStack() as stack:
+        nina = await node.admit("nina")
+        await stack.enter_async_context(node.connected(nina))
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for _ in range(20):
+            await stack.enter_async_context(node.connected(nina))
+        each_bytes = tracemalloc.get_traced_memory()[0] // 20
+    assert (each_bytes < 160 << 10) == (read_bytes < 256 << 10), each_bytes
