@@ -25,6 +25,8 @@ _PATH_BYTES = 4095
 _NAME_BYTES = 255
 # A link's target or a long name, with its padding.
 _LONG_BYTES = 8 << 10
+# Of one pax header: times, a name, what is known of the file, and some attributes, each of them twice.
+_RECORDS = 32
 # Deeper trees are accidents or attacks; node_modules at its worst is about 30.
 _DEPTH = 64
 
@@ -218,6 +220,7 @@ def list_workspace(
         raise _too_large(f"the archive has {size_bytes} bytes", limits)
     tree = _Tree()
     longs: dict[bytes, str] = {}  # what L and K headers, or pax records, say about the next entry
+    before = b""  # the types of headers that came for it: one of each, so that the bound of entries is theirs
     count = total = offset = 0
     while offset < size_bytes:
         header = untrusted(offset, _BLOCK)
@@ -229,18 +232,19 @@ def list_workspace(
             raise _bad(_text(header[:100]), f"the archive ends within it (byte {size_bytes})")
         start, offset = offset, offset + (size + _BLOCK - 1) // _BLOCK * _BLOCK
         if kind in b"LKxg":
-            longs |= _read_long(kind, untrusted, start, size)
+            longs |= _read_long(kind, before, untrusted, start, size)
+            before += kind
             continue
         entry = _read_entry(header, kind, start, size, longs)
-        longs = {}
-        if entry is None:
-            continue
-        tree.add(entry)
+        longs, before = {}, b""
         count += 1
-        total += entry.size_bytes
-        if len(tree) > limits.entries or total > limits.bytes:
+        if entry is not None:
+            tree.add(entry)
+            total += entry.size_bytes
+        if max(count, len(tree)) > limits.entries or total > limits.bytes:
             raise _too_large(f"it has {count} entries, {total} bytes or more", limits)
-        yield entry
+        if entry is not None:
+            yield entry
     if longs:
         raise _bad("", "the archive ends after a long name, without its entry")
 
@@ -272,8 +276,10 @@ def _text(field: bytes) -> str:
     return field.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _read_long(kind: bytes, untrusted: ReadAt, start: int, size: int) -> dict[bytes, str]:
+def _read_long(kind: bytes, before: bytes, untrusted: ReadAt, start: int, size: int) -> dict[bytes, str]:
     """Read a GNU long name or a pax header: names only, everything else that matters is refused."""
+    if kind in before:
+        raise _bad("", f"two headers of type {kind!r} come before one entry")
     if size > _LONG_BYTES:
         raise _bad("", f"a long name or pax header has {size} bytes", f"at most {_LONG_BYTES}")
     body = untrusted(start, size)
@@ -289,15 +295,18 @@ def _read_long(kind: bytes, untrusted: ReadAt, start: int, size: int) -> dict[by
 
 
 def _pax_records(body: bytes) -> Iterable[tuple[bytes, bytes]]:
-    while body.strip(b"\0"):
-        length, _, _ = body.partition(b" ")
-        end = int(length) if length.isdigit() and len(length) < 6 else 0
-        record = body[len(length) + 1 : end]
-        key, equals, value = record.partition(b"=")
-        if end > len(body) or not record.endswith(b"\n") or not equals:
+    start = count = 0
+    last = len(body.rstrip(b"\0"))
+    while start < last:
+        length, space, _ = body[start : start + 6].partition(b" ")
+        end = start + int(length) if space and length.isdigit() else 0
+        key, equals, value = body[start + len(length) + 1 : end].partition(b"=")
+        if end > len(body) or not value.endswith(b"\n") or not equals:
             raise _bad("", "its pax header is malformed")
+        if (count := count + 1) > _RECORDS:
+            raise _bad("", f"its pax header has more than {_RECORDS} records")
         yield key, value[:-1]
-        body = body[end:]
+        start = end
 
 
 _REFUSED_TYPES: Mapping[bytes, str] = {

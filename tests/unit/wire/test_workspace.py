@@ -226,6 +226,65 @@ def test_too_many_entries_and_bytes_are_refused_before_the_rest_is_read() -> Non
     assert caught.value.code == "workspace-too-large"
 
 
+def pax(kind: bytes, *records: str) -> bytes:
+    """Return a pax header of ours, which says anything as often as it likes."""
+    body = b"".join(b"%02d %s\n" % (len(one) + 4, one.encode()) for one in records)
+    return header_of("h", kind, len(body)) + body + bytes(-len(body) % 512)
+
+
+def header_of(name: str, kind: bytes, size: int = 0) -> bytes:
+    info = member(name, kind)
+    info.size = size
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("unit", "reason", "at_most"),
+    [
+        (pax(b"x", "a=b"), "two headers", 4),
+        (pax(b"g", "a=b"), "two headers", 4),
+        (pax(b"x", "a=b") + pax(b"g", "a=b"), "two headers", 6),
+        (header_of("h", b"L"), "two headers", 4),
+        (header_of("h", b"K"), "two headers", 4),
+        (header_of(".", b"5"), "101 entries", 101),
+        (pax(b"x", *["a=b"] * 33), "more than 32 records", 2),
+    ],
+    ids=["x", "g", "x and g", "L", "K", "the directory itself", "records"],
+)
+def test_headers_without_end_are_refused_early(unit: bytes, reason: str, at_most: int) -> None:
+    """An archive of them alone would keep a thread for a minute."""
+    reads = 0
+
+    def read_at(offset: int, size_bytes: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        start = offset % len(unit)
+        return unit[start : start + size_bytes]
+
+    with pytest.raises(BadRequest, match=reason):
+        assert not list(list_workspace(read_at, len(unit) * 10_000, limits=WorkspaceLimits(entries=100)))
+    assert reads <= at_most
+
+
+def test_one_header_of_each_kind_may_come_before_an_entry() -> None:
+    before = pax(b"g", *["a=b"] * 32) + header_of("h", b"L", 512) + b"long".ljust(512, b"\0")
+    before += header_of("h", b"K", 512) + bytes(512) + pax(b"x", "path=pax", *["a=b"] * 31)
+    tar = before + header_of("n", b"0") + before + header_of("m", b"5")
+    with pytest.raises(BadRequest, match="two entries"):
+        read_workspace(tar)
+    (entry,) = read_workspace(tar[: len(tar) // 2])
+    assert (entry.path, entry.kind) == ("pax", EntryKind.FILE)
+
+
+@pytest.mark.parametrize(
+    "body", [b"5 a=b\n", b"6 a=b", b"99999 a=b\n", b"x a=b\n", b"0 a=b\n", b" a=b\n", b"6a=b\n"]
+)
+def test_malformed_pax_records_are_refused(body: bytes) -> None:
+    tar = header_of("h", b"x", len(body)) + body.ljust(512, b"\0") + header_of("n", b"0")
+    with pytest.raises(BadRequest, match="malformed"):
+        read_workspace(tar)
+
+
 def test_a_hundred_thousand_files_pass_and_one_more_does_not() -> None:
     one = write_workspace([file("f", b"")])[:512]
     blocks = []
