@@ -4,11 +4,13 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, replace
 
 from aiohttp.web_response import Response, StreamResponse
 
+from mycoswarmd.api.access import share_of
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.handler import abort
 from mycoswarmd.api.openai import send
@@ -19,7 +21,7 @@ from mycoswarmd.core.policy.explain import explain as explain_request
 from mycoswarmd.core.policy.request import check_declared, parse_request
 from mycoswarmd.core.tasks import FINAL, Event, Task, TaskSpec, TaskState
 from mycoswarmd.core.types import Action, Request, TaskId
-from mycoswarmd.errors import BadRequest, Denied, StoreError
+from mycoswarmd.errors import BadRequest, Denied, StoreError, Unavailable
 from mycoswarmd.flow.approve import parse_principal
 from mycoswarmd.flow.ports import ApprovalRow, KeyRow
 from mycoswarmd.flow.prompt import Absent, Speaker, Why
@@ -83,7 +85,7 @@ async def put_blob(call: Call) -> StreamResponse:
     if not _SHA256.fullmatch(claimed):
         raise BadRequest("wrong-hash", "cannot store this: the path does not end with a sha256 in hex")
     assert call.untrusted_pieces is not None
-    async with call.services.blobs.writing(expect_sha256=claimed) as blob:
+    async with _turn(call), call.services.blobs.writing(expect_sha256=claimed) as blob:
         async for piece in call.untrusted_pieces:
             await blob.write(piece)
         return json_answer({"sha256": await blob.finish()})
@@ -186,8 +188,25 @@ async def workspace(call: Call) -> StreamResponse:
     return await _send_blob(call, found.spec.workspace)
 
 
+@asynccontextmanager
+async def _turn(call: Call) -> AsyncIterator[None]:
+    """Hold a part of what blobs that come or go may take of the node; Unavailable where there is none."""
+    local = "owner" if call.principal.is_owner else "account"
+    room = call.services.blob_rooms["operator" if call.principal.operator_id is not None else local]
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(room.taken(share_of(call.principal), 1))
+        except Unavailable as exc:
+            raise Unavailable(
+                "too-many-blobs",
+                "cannot take or send the workspace or the changes: too many others come or go now",
+                hint="send or read fewer at a time",
+            ) from exc
+        yield
+
+
 async def _send_blob(call: Call, sha256: str) -> StreamResponse:
-    async with call.services.blobs.reading(sha256) as blob:
+    async with _turn(call), call.services.blobs.reading(sha256) as blob:
         response = call.stream({"Content-Type": _TAR})
         response.content_length = blob.size_bytes
         await response.prepare(call.request)

@@ -71,8 +71,9 @@ class Route:
 
     @property
     def runs_to_its_end(self) -> bool:
-        """Tell whether the handler goes on when its caller has gone away."""
-        return self.method != "GET" and not self.path.startswith(("/v1/", "/swarm/enroll/"))
+        """Tell whether the handler goes on when its caller has gone away; what is in pieces then has no end."""
+        is_asked_for = self.method == "GET" or self.path.startswith(("/v1/", "/swarm/enroll/"))
+        return not is_asked_for and not self.body_in_pieces
 
     @property
     def body_in_pieces(self) -> bool:

@@ -1,9 +1,10 @@
 """What the HTTP interface needs of the node, as protocols; daemon/wiring.py fills them in."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from mycoswarmd.api.room import BodyRoom, Size
 from mycoswarmd.core.policy.model import Policy
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.enrol import Invitations
@@ -125,9 +126,23 @@ class SwarmDesk:
     nearby: Callable[[], Awaitable[Sequence[PeerAddress]]]
 
 
+# How many blobs may come or go at once, each with an open file and its hashing: of one caller, and of all of
+# that kind. No kind waits for another.
+_BLOBS = {"owner": Size(16, 64), "operator": Size(4, 64), "account": Size(4, 64)}
+_BLOB_PATIENCE_S = 5.0
+
+
+def _blob_rooms() -> Mapping[str, BodyRoom]:
+    return {kind: BodyRoom(size, patience_s=_BLOB_PATIENCE_S) for kind, size in _BLOBS.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Everything that handlers may use."""
+    """Everything that handlers may use.
+
+    Attributes:
+        blob_rooms: for how many blobs that come or go at once there is room.
+    """
 
     prompts: Prompts
     tasks: Tasks
@@ -143,3 +158,4 @@ class Services:
     entropy: Entropy
     swarm: SwarmDesk | None = None
     backup: Callable[[], AsyncGenerator[bytes, None]] | None = None
+    blob_rooms: Mapping[str, BodyRoom] = field(default_factory=_blob_rooms)

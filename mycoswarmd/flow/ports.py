@@ -350,7 +350,10 @@ class NewBlob(Protocol):
         ...
 
     async def inspect(self, look: Callable[[ReadAt], T]) -> T:
-        """Call something, in a thread, that reads at offsets what was written so far."""
+        """Call something, in a thread, that reads at offsets what was written so far.
+
+        When the caller is cancelled, the next read ends it.
+        """
         ...
 
     async def finish(self) -> str:
@@ -380,6 +383,10 @@ class BlobStore(Protocol):
 
     def reading(self, sha256: str) -> AbstractAsyncContextManager[OpenBlob]:
         """Hold a blob open that is there and whole, or raise NotFound("unknown-blob") or StoreError."""
+        ...
+
+    async def check_there(self, sha256: str) -> None:
+        """Raise NotFound("unknown-blob") where there is none; whether it is whole is seen when it is read."""
         ...
 
 

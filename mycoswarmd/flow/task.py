@@ -128,8 +128,7 @@ class Tasks:
             )
         await self._permit(principal, spec)
         if spec.workspace is not None:
-            async with self._blobs.reading(spec.workspace):
-                pass  # unknown is said now, not when the task runs
+            await self._blobs.check_there(spec.workspace)  # unknown is said now, not when the task runs
         task, is_new = await self._store.enqueue(
             spec,
             task_id=TaskId(f"t-{self._entropy.token(6)}"),

@@ -4,6 +4,8 @@
 2. What is read is hashed before: a disk's mistake is said, never handed on.
 3. Blobs never take the last of a disk: receipts must still be written.
 4. A blob is a file, never bytes in memory: it is written, hashed and read in pieces.
+5. All of that is done by a few threads of the store's own, and few blobs are hashed at once: however much
+   there is to do, nothing else in the node waits for a thread.
 
 Source: https://github.com/etcd-io/etcd/issues/6368 (a rename without fsync of the directory can vanish).
 """
@@ -16,22 +18,25 @@ import re
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from mycoswarmd.errors import BadRequest, NotFound, StoreError
 from mycoswarmd.wire.workspace import ReadAt
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = ".new-"
 # What is hashed in one go: long enough to be worth a thread, short enough to be waited for.
 _HASHED_BYTES = 1 << 20
+_THREADS = 4
+# With the one that is looked at fewer than there are threads: who writes or reads waits for no whole blob.
+_HASHINGS = 2
 # What stays free: a million receipts, or on a small disk a twentieth of it.
 RESERVE_BYTES = 512 << 20
 _RESERVE_PART = 20
@@ -49,7 +54,7 @@ class DirectoryBlobStore:
     def __init__(self, path: Path, max_bytes: int) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._growing = threading.Lock()  # one at a time, so that all of them together leave the reserve
+        self._shop = _Shop(path)
 
     @asynccontextmanager
     async def writing(self, *, expect_sha256: str | None = None) -> AsyncIterator["NewBlob"]:
@@ -59,12 +64,11 @@ class DirectoryBlobStore:
             BadRequest: blob-too-large from `write`; wrong-hash from `finish` when it is not the expected one.
             StoreError: disk-full, store-io.
         """
-        is_there = expect_sha256 is not None and await self._is_whole(expect_sha256)
-        new = NewBlob(self._path, self._max_bytes, self._growing, expect_sha256, is_there=is_there)
+        new = NewBlob(self._shop, self._max_bytes, expect_sha256)
         try:
             yield new
         finally:
-            await _off_the_loop(self._path, new.close)
+            await self._shop.do(new.close)
 
     @asynccontextmanager
     async def reading(self, sha256: str) -> AsyncIterator["OpenBlob"]:
@@ -74,12 +78,16 @@ class DirectoryBlobStore:
             NotFound: unknown-blob.
             StoreError: blob-damaged, store-io; also from `pieces`.
         """
-        blob = OpenBlob(self._path, sha256)
+        blob = OpenBlob(self._shop, sha256)
         try:
             await blob.open(self._max_bytes)
             yield blob
         finally:
             blob.close()
+
+    async def check_there(self, sha256: str) -> None:
+        """Raise NotFound("unknown-blob") where there is none, or StoreError; it may be damaged."""
+        await self._shop.do(_find, self._path, sha256)
 
     async def sweep(self, keep: set[str]) -> int:
         """Delete every blob that is not to be kept, and unfinished ones; return how many blobs went.
@@ -87,14 +95,6 @@ class DirectoryBlobStore:
         Only at start, before anything can be put: a blob comes before the task that refers to it.
         """
         return await asyncio.to_thread(self._sweep, keep)
-
-    async def _is_whole(self, sha256: str) -> bool:
-        """Whether the blob is there and whole; a damaged one is replaced by the good copy at hand."""
-        try:
-            async with self.reading(sha256):
-                return True
-        except (NotFound, StoreError):
-            return False
 
     def _sweep(self, keep: set[str]) -> int:
         removed = 0
@@ -119,21 +119,12 @@ class NewBlob:
         size_bytes: how much was written.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        max_bytes: int,
-        growing: threading.Lock,
-        expect_sha256: str | None,
-        *,
-        is_there: bool,
-    ) -> None:
+    def __init__(self, shop: "_Shop", max_bytes: int, expect_sha256: str | None) -> None:
         self.size_bytes = 0
-        self._directory = directory
+        self._shop = shop
+        self._directory = shop.directory
         self._max_bytes = max_bytes
-        self._growing = growing
         self._expect_sha256 = expect_sha256
-        self._is_there = is_there  # then nothing is written, only hashed
         self._digest = hashlib.sha256()
         self._file: FileIO | None = None  # from the first piece on
         self._path: Path | None = None  # until it has its name
@@ -147,16 +138,27 @@ class NewBlob:
                 hint="leave build outputs and data sets out of the workspace",
                 http_status=413,
             )
-        await _off_the_loop(self._directory, self._write, piece)
+        await self._shop.do(self._write, piece)
         self.size_bytes += len(piece)
 
     async def inspect(self, look: Callable[[ReadAt], T]) -> T:
-        """Call something, in a thread, that reads at offsets what was written so far."""
-        return await _off_the_loop(self._directory, look, self._read_at)
+        """Call something, in a thread, that reads at offsets what was written so far.
+
+        When the caller is cancelled, the next read ends it.
+        """
+        is_over = threading.Event()
+
+        def read_at(offset: int, size_bytes: int) -> bytes:
+            if is_over.is_set():
+                raise _Over
+            return os.pread(self._opened().fileno(), size_bytes, offset)
+
+        async with self._shop.looking:
+            return await self._shop.do(look, read_at, on_cancel=is_over.set)
 
     async def finish(self) -> str:
         """Make it durable, and return its sha256 in hex."""
-        return await _off_the_loop(self._directory, self._finish)
+        return await self._shop.do(self._finish)
 
     def close(self) -> None:
         """Remove what was not finished."""
@@ -169,10 +171,8 @@ class NewBlob:
 
     def _write(self, piece: bytes) -> None:
         self._digest.update(piece)
-        if self._is_there:
-            return
         file = self._opened()
-        with self._growing:
+        with self._shop.growing:
             self._leave_reserve(len(piece))
             rest = memoryview(piece)
             while rest:
@@ -185,9 +185,6 @@ class NewBlob:
             self._path, self._file = Path(name), FileIO(fd, "r+")
         return self._file
 
-    def _read_at(self, offset: int, size_bytes: int) -> bytes:
-        return os.pread(self._opened().fileno(), size_bytes, offset)
-
     def _finish(self) -> str:
         sha256 = self._digest.hexdigest()
         if self._expect_sha256 not in {None, sha256}:
@@ -196,12 +193,11 @@ class NewBlob:
                 "cannot store this: it does not have the hash that it should have",
                 hint="the upload was damaged or the name is wrong: the SHA-256 in lower-case hex is accepted",
             )
-        if not self._is_there:
-            os.fsync(self._opened().fileno())
-            assert self._path is not None
-            self._path.replace(self._directory / sha256)
-            self._path = None
-        _fsync_directory(self._directory)  # also where another renamed it, who may not have come so far
+        os.fsync(self._opened().fileno())
+        assert self._path is not None
+        self._path.replace(self._directory / sha256)  # also where it is already: that may be damaged
+        self._path = None
+        _fsync_directory(self._directory)
         return sha256
 
     def _leave_reserve(self, more_bytes: int) -> None:
@@ -226,22 +222,21 @@ class OpenBlob:
         size_bytes: how much there is.
     """
 
-    def __init__(self, directory: Path, sha256: str) -> None:
+    def __init__(self, shop: "_Shop", sha256: str) -> None:
         self.size_bytes = 0
-        self._directory = directory
+        self._shop = shop
         self._sha256 = sha256
         self._file: FileIO | None = None
 
     async def open(self, max_bytes: int) -> None:
         """Open it, and check it against its hash."""
-        if _NAME.fullmatch(self._sha256) is None:
-            raise _unknown(self._sha256)
-        await _off_the_loop(self._directory, self._open)
-        digest, offset = hashlib.sha256(), 0
+        await self._shop.do(self._open)
         if self.size_bytes > max_bytes:
             raise self._damaged()
-        while offset < self.size_bytes:
-            offset += await _off_the_loop(self._directory, self._hash, digest, offset)
+        digest, offset = hashlib.sha256(), 0
+        async with self._shop.hashing:
+            while offset < self.size_bytes:
+                offset += await self._shop.do(self._hash, digest, offset)
         if digest.hexdigest() != self._sha256:
             raise self._damaged()
 
@@ -250,7 +245,7 @@ class OpenBlob:
         offset = 0
         while offset < self.size_bytes:
             size_bytes = min(at_most_bytes, self.size_bytes - offset)
-            piece = await _off_the_loop(self._directory, self._read, offset, size_bytes)
+            piece = await self._shop.do(self._read, offset, size_bytes)
             offset += len(piece)
             yield piece
 
@@ -260,10 +255,7 @@ class OpenBlob:
             self._file.close()
 
     def _open(self) -> None:
-        try:
-            self._file = FileIO(self._directory / self._sha256)
-        except FileNotFoundError as exc:
-            raise _unknown(self._sha256) from exc
+        self._file = FileIO(_find(self._shop.directory, self._sha256))
         self.size_bytes = os.fstat(self._file.fileno()).st_size
 
     def _read(self, offset: int, size_bytes: int) -> bytes:
@@ -279,27 +271,60 @@ class OpenBlob:
         return len(piece)
 
     def _damaged(self) -> StoreError:
-        return StoreError(
+        damaged = StoreError(
             "blob-damaged",
             f"cannot use blob {self._sha256!r}: its contents changed on the disk",
             hint="submit the task with its workspace again; check the disk (`dmesg`)",
         )
+        damaged.retryable = False  # time does not cure it
+        return damaged
 
 
-async def _off_the_loop(directory: Path, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call in a thread; who is cancelled waits for its end, so that no file is closed while it is used."""
-    work = asyncio.get_running_loop().run_in_executor(None, partial(call, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except OSError as exc:
-        raise _translate(exc, directory) from exc
-    except asyncio.CancelledError:
-        while not work.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
-        if not work.cancelled():
-            work.exception()  # nobody else asks
-        raise
+class _Shop:
+    """Where the work on blobs is done, a little at a time.
+
+    Attributes:
+        directory: of the blobs.
+        growing: held by the one blob that grows, so that all of them together leave the reserve.
+        hashing: held by those that are hashed from their beginning to their end.
+        looking: held by the one that is looked at.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.growing = threading.Lock()
+        self.hashing = asyncio.Semaphore(_HASHINGS)
+        self.looking = asyncio.Semaphore(1)  # it is Python that works: two would be no faster
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="blobs")
+
+    async def do(
+        self, call: Callable[..., T], *args: object, on_cancel: Callable[[], None] = lambda: None
+    ) -> T:
+        """Call in a thread; who is cancelled waits for it, so that no file is closed while it is used."""
+        work = asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args))
+        try:
+            return await asyncio.shield(work)
+        except OSError as exc:
+            raise _translate(exc, self.directory) from exc
+        except asyncio.CancelledError:
+            on_cancel()
+            while not work.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # nobody else asks
+            raise
+
+
+class _Over(Exception):
+    """Nobody wants to know any more what is looked at."""
+
+
+def _find(directory: Path, sha256: str) -> Path:
+    path = directory / sha256
+    if _NAME.fullmatch(sha256) is None or not path.is_file():
+        raise _unknown(sha256)
+    return path
 
 
 def _fsync_directory(path: Path) -> None:

@@ -3,17 +3,16 @@
 import asyncio
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mycoswarmd.store import blobs
 from mycoswarmd.store.blobs import DirectoryBlobStore
 
 BLOBS, PIECES = 2, 3
 
 
 async def main(directory: Path) -> None:
-    # All system calls of the store in one thread, so that they can be counted.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    blobs._THREADS = 1  # all system calls of the store in one, so that they can be counted
     store = DirectoryBlobStore(directory, max_bytes=1 << 20)
     for n in range(BLOBS):
         async with store.writing() as blob:

@@ -3,20 +3,26 @@
 import asyncio
 import errno
 import hashlib
+import json
 import os
 import socket
 import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mycoswarmd.api import app, openai
+from mycoswarmd.api import app, openai, services
+from mycoswarmd.api.room import Size
 from mycoswarmd.api.routes import ROUTES, Route
 from mycoswarmd.core.tasks import TaskSpec
 from mycoswarmd.core.types import Principal, TaskId
-from tests.integration.apis import Answer, Connection, Running, local_user, running_api
+from tests.integration.apis import POLICY, Answer, Connection, Running, local_user, running_api
+from tests.nodes import NodeProcess, write_private
 from tests.nodes import node as real_node
+from tests.rosters import Key
 
 pytestmark = pytest.mark.integration
 
@@ -221,21 +227,121 @@ async def test_a_slow_disk_is_not_the_senders_fault(monkeypatch: pytest.MonkeyPa
     assert len(calls) > 3
 
 
-async def test_a_damaged_or_unknown_workspace_is_said_when_it_is_posted_and_when_it_is_read() -> None:
+async def test_a_damaged_workspace_is_said_when_it_is_read_and_an_unknown_one_when_it_is_posted() -> None:
     async with running_api() as node, local_user(node, uid=0) as owner:
         assert (await owner.ask("PUT", PATH, DATA)).status == 200
         task = await post(node, NAME)
         (blobs_of(node) / NAME).write_bytes(DATA[:-1] + b"?")
-        body = {"prompt": "hello", "agent": "scribe", "workspace": NAME}
-        for answer in (
-            await owner.ask("POST", "/api/tasks", body),
-            await owner.ask("GET", f"/api/tasks/{task}/workspace"),
-        ):
-            assert (answer.status, answer.code) == (503, "blob-damaged"), answer.body
+        answer = await owner.ask("GET", f"/api/tasks/{task}/workspace")
+        assert (answer.status, answer.code) == (503, "blob-damaged"), answer.body
         assert (await owner.ask("PUT", PATH, DATA)).status == 200  # the good copy takes its place
         assert (await owner.ask("GET", f"/api/tasks/{task}/workspace")).body == DATA
-        answer = await owner.ask("POST", "/api/tasks", {**body, "workspace": "0" * 64})
+        body = {"prompt": "hello", "agent": "scribe", "workspace": "0" * 64}
+        answer = await owner.ask("POST", "/api/tasks", body)
         assert (answer.status, answer.code) == (404, "unknown-blob")
+
+
+async def test_who_posts_a_task_has_nothing_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_api() as node, local_user(node, uid=0) as owner:
+        assert (await owner.ask("PUT", PATH, DATA)).status == 200
+        monkeypatch.setattr("mycoswarmd.store.blobs.FileIO", None)
+        body = {"prompt": "hello", "agent": "scribe", "model": "small", "workspace": NAME}
+        assert (await owner.ask("POST", "/api/tasks", body)).status == 202
+
+
+@asynccontextmanager
+async def readers(node: Running, who: Key, count: int) -> AsyncIterator[list[Connection]]:
+    """Hold connections that read the head of a large blob, and no more."""
+    async with AsyncExitStack() as stack:
+        found = []
+        for _ in range(count):
+            found.append(one := await stack.enter_async_context(node.connected(who)))
+            await one.send("GET", "/api/tasks/t-1/workspace")
+            assert (await one.head())[0] == 200
+        yield found
+
+
+async def test_slow_readers_and_senders_keep_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "_BLOB_PATIENCE_S", 0.3)
+    monkeypatch.setattr(services, "_BLOBS", {"owner": Size(1, 1), "operator": Size(2, 5)})
+    data = bytes(32 << 20)  # more than the kernel keeps for anybody
+    name = hashlib.sha256(data).hexdigest()
+    async with running_api() as node, local_user(node, uid=0) as owner, AsyncExitStack() as stack:
+        monkeypatch.setattr(node.services.blobs, "_max_bytes", len(data))
+        assert (await owner.ask("PUT", f"/api/blobs/{name}", data)).status == 200
+        operators = [await node.admit(who, role="operator") for who in ("anna", "ben", "carl", "dora")]
+        anna, ben, carl, dora = operators
+        await post(node, name)
+        (slow,) = await stack.enter_async_context(readers(node, anna, 1))
+        sender = await stack.enter_async_context(node.connected(anna))
+        sender.writer.write(head(sender, PATH, f"Content-Length: {len(DATA)}") + DATA[:500_000])
+        async with asyncio.timeout(5):
+            while len(names(blobs_of(node))) < 2:
+                await asyncio.sleep(0.02)
+        for what in (("PUT", PATH, DATA), ("GET", "/api/tasks/t-1/workspace", None)):
+            full = await node.ask(anna, *what)
+            assert (full.status, full.code) == (503, "too-many-blobs")
+            assert full.json["error"]["message"].startswith("cannot ")
+        assert (await node.ask(ben, "PUT", PATH, DATA)).status == 200
+        await stack.enter_async_context(readers(node, ben, 2))
+        await stack.enter_async_context(readers(node, carl, 1))
+        assert (await node.ask(dora, "PUT", PATH, DATA)).code == "too-many-blobs"  # all of them together
+        assert (await owner.ask("PUT", PATH, DATA)).status == 200
+        slow.writer.transport.abort()
+        async with asyncio.timeout(5):
+            while (await node.ask(dora, "PUT", PATH, DATA)).status == 503:
+                await asyncio.sleep(0.02)
+        sender.writer.write(DATA[500_000:])
+        assert (await sender.answer()).status == 200
+
+
+@pytest.mark.parametrize("what", ["PUT", "POST", "GET"])
+def test_who_hangs_up_at_once_again_and_again_leaves_no_work_and_no_descriptor(
+    tmp_path: Path, what: str
+) -> None:
+    data = bytes(128 << 20)
+    name = hashlib.sha256(data).hexdigest()
+    task = {"prompt": "x", "agent": "scribe", "workspace": name, "idempotency_key": "one"}
+    state = tmp_path / "node"
+    write_private(state / "policy.toml", POLICY.decode())
+    daemon = NodeProcess(state)
+    daemon.start(prefix=("prlimit", "--nofile=256"))
+    try:
+        assert daemon.call("PUT", f"/api/blobs/{name}", data).status == 200
+        task_id = daemon.submit(**task)
+        body = json.dumps(task)
+        request = {
+            "PUT": f"PUT /api/blobs/{name} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+            "POST": f"POST /api/tasks HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}",
+            "GET": f"GET /api/tasks/{task_id}/workspace HTTP/1.1\r\nHost: x\r\n\r\n",
+        }[what]
+        before_s, quiet = cpu_s(daemon), descriptors(daemon)
+        for _ in range(600):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(5)
+                sock.connect(str(daemon.socket))
+                sock.sendall(request.encode())
+                time.sleep(0.001)
+        assert daemon.call("GET", "/api/status").status == 200
+        assert descriptors(daemon) < quiet + 60
+        small = hashlib.sha256(b"x").hexdigest()
+        assert daemon.call("PUT", f"/api/blobs/{small}", b"x").status == 200
+        assert daemon.call("POST", "/api/policy/reload", {}).status == 200
+        assert daemon.call("POST", "/api/tasks", task).status == 200
+        assert cpu_s(daemon) < before_s + 10
+        assert "out of system resource" not in daemon.log()
+    finally:
+        daemon.kill()
+
+
+def descriptors(daemon: NodeProcess) -> int:
+    return len(list(Path(f"/proc/{daemon.pid}/fd").iterdir()))
+
+
+def cpu_s(daemon: NodeProcess) -> float:
+    """Return how much work the node has done."""
+    fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 async def test_a_disk_that_fails_while_a_blob_is_sent_ends_the_connection(

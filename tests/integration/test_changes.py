@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -146,6 +147,62 @@ async def test_changes_that_do_not_end_well_leave_nothing(prompt: str, code: str
         task = await ended(node, await begun(node, prompt))
         assert (task.code, task.changes) == (code, None), task
         assert names(node) == [hashlib.sha256(GIVEN).hexdigest()]
+
+
+async def test_a_workspace_that_was_damaged_fails_its_task_and_one_sent_again_does_not() -> None:
+    async with working() as (node, _):
+        sha256 = await put(node.services.blobs, GIVEN)
+        (node.directory / "state" / "blobs" / sha256).write_bytes(GIVEN[:-1] + b"?")
+        anna = await node.admit("anna", role="operator")
+        body = {"prompt": "result()", "agent": "scribe", "model": "m", "workspace": sha256}
+        posted = await node.ask(anna, "POST", "/api/tasks", body)
+        assert posted.status == 202, posted.body
+        task = await ended(node, TaskId(posted.json["task"]["id"]))
+        assert (task.state, task.code) == (TaskState.FAILED, "blob-damaged")
+        assert task.attempt == 1
+        await put(node.services.blobs, GIVEN)
+        again = await node.ask(anna, "POST", f"/api/tasks/{task.id}/retry", {})
+        assert again.status == 200, again.body
+        assert (await ended(node, task.id)).state is TaskState.SUCCEEDED
+
+
+@pytest.mark.parametrize("how", ["cancelled", "out of time", "node stopped"])
+async def test_who_ends_a_task_does_not_wait_for_the_look_at_its_changes(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, looks = os.pread, 0
+
+    def slow(fd: int, size_bytes: int, offset: int) -> bytes:
+        nonlocal looks
+        if size_bytes == 512:  # a header
+            looks += 1
+            time.sleep(0.02)
+        return real(fd, size_bytes, offset)
+
+    monkeypatch.setattr("mycoswarmd.store.blobs.os.pread", slow)
+    many = """
+from mycoswarmd.wire.workspace import Entry, EntryKind, write_workspace
+made = write_workspace([Entry(path=f"f{n}", kind=EntryKind.FILE) for n in range(1900)])
+for start in range(0, len(made), 70_000):
+    changes(made[start:start + 70_000])
+result()
+"""
+    async with working(wall_s=4 if how == "out of time" else 20) as (node, stop):
+        task_id = await begun(node, many)
+        async with asyncio.timeout(20):
+            while not looks:
+                await asyncio.sleep(0.02)
+        if how == "cancelled":
+            await node.services.tasks.cancel(task_id)
+        elif how == "node stopped":
+            stop()
+        if how != "node stopped":
+            state = TaskState.CANCELLED if how == "cancelled" else TaskState.FAILED
+            assert (await ended(node, task_id)).state is state
+        async with asyncio.timeout(10):
+            while names(node) != [hashlib.sha256(GIVEN).hexdigest()]:
+                await asyncio.sleep(0.02)
+        assert looks < 1000  # of 1900, and 20 s
 
 
 @pytest.mark.parametrize("how", ["cancelled", "out of time", "node stopped"])

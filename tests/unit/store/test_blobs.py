@@ -8,6 +8,7 @@ import stat
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import pytest
 
 from mycoswarmd.errors import BadRequest, NotFound, StoreError
 from mycoswarmd.store import blobs
-from mycoswarmd.store.blobs import DirectoryBlobStore, NewBlob
-from mycoswarmd.wire.workspace import ReadAt
+from mycoswarmd.store.blobs import DirectoryBlobStore, NewBlob, OpenBlob
+from mycoswarmd.wire.workspace import Entry, EntryKind, ReadAt, list_workspace, write_workspace
 from tests.blobs import get, put
 
 
@@ -105,7 +106,6 @@ async def test_the_last_of_a_disk_is_left_for_receipts(small_disk: Any) -> None:
     assert caught.value.code == "disk-full"
     assert caught.value.hint
     assert [path.name for path in (small_disk.mount / "blobs").iterdir()] == [sha256]
-    assert await put(store, fits, expect_sha256=sha256) == sha256  # it is there: nothing is written
     assert len(await put(store, b"z")) == 64
 
 
@@ -248,20 +248,33 @@ async def test_what_was_written_so_far_can_be_looked_at(store: DirectoryBlobStor
         assert await get(store, await blob.finish()) == b"datamore!"
 
 
-async def test_a_good_blob_that_is_sent_again_is_left_alone(
+async def test_a_blob_that_is_sent_again_takes_the_place_of_the_one_there(
     store: DirectoryBlobStore, tmp_path: Path
 ) -> None:
     sha256 = await put(store, b"data")
-    inode = (tmp_path / "blobs" / sha256).stat().st_ino
-    async with store.writing(expect_sha256=sha256) as blob:
-        await blob.write(b"da")
-        assert [path.name for path in (tmp_path / "blobs").iterdir()] == [sha256]
-        await blob.write(b"ta")
-        assert await blob.finish() == sha256
+    async with store.reading(sha256) as blob:
+        pieces = blob.pieces(2)
+        assert await anext(pieces) == b"da"
+        assert await put(store, b"data", expect_sha256=sha256) == sha256
+        assert await anext(pieces) == b"ta"
     with pytest.raises(BadRequest, match="wrong-hash"):
         await put(store, b"other", expect_sha256=sha256)
-    assert (tmp_path / "blobs" / sha256).stat().st_ino == inode
+    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [sha256]
     assert await get(store, sha256) == b"data"
+
+
+async def test_what_is_there_is_not_read_for_who_claims_to_send_it(
+    store: DirectoryBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256, other = await put(store, b"data"), hashlib.sha256(b"other").hexdigest()
+    monkeypatch.setattr("mycoswarmd.store.blobs.FileIO", None)
+    with pytest.raises(BadRequest, match="wrong-hash"):
+        async with store.writing(expect_sha256=sha256) as blob:
+            await blob.finish()
+    await store.check_there(sha256)
+    for unknown in (other, "", "..", sha256.upper()):
+        with pytest.raises(NotFound, match="unknown-blob"):
+            await store.check_there(unknown)
 
 
 @pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 100), lambda path: os.truncate(path, 0)])
@@ -323,6 +336,111 @@ async def test_the_loop_goes_on_while_a_disk_is_slow(
         ticks += 1
     assert ticks > 15
     assert await get(store, await writing) == b"data"
+
+
+async def test_nothing_else_in_the_node_waits_for_a_thread(
+    store: DirectoryBlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, begun = threading.Event(), threading.Event()
+    real = os.statvfs
+
+    def stuck(path: Path) -> os.statvfs_result:
+        begun.set()
+        assert may_go_on.wait(10)
+        return real(path)
+
+    monkeypatch.setattr("mycoswarmd.store.blobs.os.statvfs", stuck)
+    async with asyncio.TaskGroup() as group:
+        for n in range(64):  # more than there are threads anywhere
+            group.create_task(put(store, bytes([n])))
+        await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(5):
+                assert await asyncio.to_thread(begun.is_set)
+        finally:
+            may_go_on.set()
+
+
+async def test_few_blobs_are_hashed_at_once_and_who_writes_waits_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DirectoryBlobStore(tmp_path / "blobs", max_bytes=4 << 20)
+    names = [await put(store, bytes([n]) * (4 << 20), each=1 << 20) for n in range(6)]
+    real, hashed, most, may_end = OpenBlob._hash, Counter[OpenBlob](), 0, threading.Event()
+
+    def seen(blob: OpenBlob, digest: Any, offset: int) -> int:
+        nonlocal most
+        hashed[blob] += (size := real(blob, digest, offset))
+        most = max(most, sum(size < 4 << 20 for size in hashed.values()))
+        assert may_end.wait(10)
+        return size
+
+    monkeypatch.setattr(OpenBlob, "_hash", seen)
+    async with asyncio.TaskGroup() as group:
+        reading = [group.create_task(get(store, name)) for name in names]
+        await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(5):
+                assert len(await put(store, b"somebody else's")) == 64
+        finally:
+            may_end.set()
+    assert [len(one.result()) for one in reading] == [4 << 20] * 6
+    assert most == blobs._HASHINGS
+
+
+async def test_one_blob_is_looked_at_at_a_time_and_who_writes_waits_for_none(
+    store: DirectoryBlobStore,
+) -> None:
+    may_end, looks = threading.Event(), 0
+
+    def look(read_at: ReadAt) -> bytes:
+        nonlocal looks
+        looks += 1
+        assert may_end.wait(10)
+        return read_at(0, 4)
+
+    async def look_at_it() -> bytes:
+        async with store.writing() as blob:
+            await blob.write(b"data")
+            return await blob.inspect(look)
+
+    async with asyncio.TaskGroup() as group:
+        looking = [group.create_task(look_at_it()) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(5):
+                assert len(await put(store, b"somebody else's")) == 64
+            assert looks == 1
+        finally:
+            may_end.set()
+    assert [one.result() for one in looking] == [b"data"] * 8
+
+
+async def test_who_is_cancelled_does_not_wait_for_a_long_look(tmp_path: Path) -> None:
+    store = DirectoryBlobStore(tmp_path / "blobs", max_bytes=64 << 20)
+    count, listed, begun = 20_000, 0, threading.Event()
+    tar = write_workspace([Entry(path=f"f{n}", kind=EntryKind.FILE) for n in range(count)])
+
+    def look(read_at: ReadAt) -> None:
+        nonlocal listed
+        for _ in list_workspace(read_at, len(tar)):
+            listed += 1
+            begun.set()
+            time.sleep(0.0005)
+
+    async def look_at_it() -> None:
+        async with store.writing() as blob:
+            await blob.write(tar)
+            await blob.inspect(look)
+
+    looking = asyncio.create_task(look_at_it())
+    assert await asyncio.to_thread(begun.wait, 10)
+    looking.cancel()
+    before = listed
+    with pytest.raises(asyncio.CancelledError):
+        await looking
+    assert listed <= before + 100  # the loop may come late, the look ends at its next header
+    assert not list((tmp_path / "blobs").iterdir())
 
 
 def test_hashing_is_done_in_pieces_that_can_be_waited_for() -> None:
