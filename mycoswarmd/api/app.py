@@ -61,11 +61,17 @@ _ROOMS = {
 }
 # The same for answers that are sent in one piece, until they are gone. They are in memory by then, so none
 # waits.
-_ANSWERS = Size(32 << 20, 96 << 20)
+_ANSWERS = {
+    "owner": Size(32 << 20, 32 << 20),
+    Who.LOCAL: Size(8 << 20, 32 << 20),
+    Who.PROGRAM: Size(16 << 20, 32 << 20),
+    Who.NODE: Size(16 << 20, 32 << 20),
+    Who.STRANGER: Size(8 << 20, 8 << 20),
+}
 _READER_S = 120.0  # the largest at 0.4 MB/s
-# How many requests go on that change something, whether or not their callers are still there: no bound of
-# connections counts those.
-_GOING = Size(64, 256)
+# How many tasks are being posted, which may have to wait for a person, whether or not their callers are still
+# there: no bound of connections counts those.
+_POSTED = Size(64, 256)
 # So little is not counted: a connection's own buffers are larger, and who only says that it will send much
 # takes nothing.
 _UNCOUNTED_BYTES = 32 << 10
@@ -107,8 +113,8 @@ class Api:
         self._doorman = doorman
         self._router = make_router(routes)
         self._rooms = {kind: BodyRoom(size, patience_s=_BODY_S) for kind, size in _ROOMS.items()}
-        self._going = {kind: BodyRoom(_GOING, patience_s=0) for kind in _ROOMS}
-        self._answers = BodyRoom(_ANSWERS, patience_s=0)
+        self._posted = {kind: BodyRoom(_POSTED, patience_s=0) for kind in _ROOMS}
+        self._answers = {kind: BodyRoom(size, patience_s=0) for kind, size in _ANSWERS.items()}
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._begun = asyncio.TaskGroup()
         self._bounds = bounds or Bounds()
@@ -233,14 +239,17 @@ class Api:
 
     async def _sent(self, line: Line, request: BaseRequest, response: StreamResponse) -> StreamResponse:
         """Send an answer that is large, and count it for as long as that takes."""
-        body = response.body if isinstance(response, Response) and not response.prepared else None
-        if not isinstance(body, bytes) or len(body) <= _UNCOUNTED_BYTES:
+        if not isinstance(response, Response) or response.prepared or not isinstance(response.body, bytes):
+            return response
+        if (size_bytes := len(response.body)) <= _UNCOUNTED_BYTES:
             return response
         try:
-            with self._answers.taken_now(line.who, len(body)):
+            with self._answers[line.kind].taken_now(line.who, size_bytes):
                 async with asyncio.timeout(_READER_S):
                     await response.prepare(request)
                     await response.write_eof()
+                # aiohttp keeps the answer until the next request on this connection.
+                response.body = None
         except Unavailable as exc:
             return _refusal(exc)
         except TimeoutError:
@@ -342,6 +351,18 @@ class Api:
                 await held.enter_async_context(self._turn_of(caller))
             return await self._handled(held, route, names, caller, request, roster, line)
 
+    def _hold_place(self, held: contextlib.AsyncExitStack, caller: Caller) -> None:
+        try:
+            places = self._posted[self._kind_of(caller)]
+            held.enter_context(places.taken_now(share_of(caller.principal), 1))
+        except Unavailable as exc:
+            raise Unavailable(
+                "too-many-waiting",
+                "cannot take the task: too many wait for a person already",
+                hint="mycoswarmctl approvals lists them",
+                retry_after_s=5,
+            ) from exc
+
     def _kind_of(self, caller: Caller) -> str:
         """Return which of the rooms is for this caller."""
         if caller.principal.is_owner:
@@ -386,8 +407,8 @@ class Api:
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster, pieces)
         if route.runs_to_its_end:
             # What changes something is not left half done when its caller goes away.
-            going = self._going[self._kind_of(caller)]
-            held.enter_context(going.taken_now(share_of(caller.principal), 1))
+            if route.may_wait_for_people:
+                self._hold_place(held, caller)
             return await asyncio.shield(
                 self._begun.create_task(_to_its_end(held.pop_all(), route, call, caller))
             )

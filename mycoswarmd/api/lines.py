@@ -22,7 +22,7 @@ from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import StreamResponse
 
-from mycoswarmd.api.access import Door, share_of
+from mycoswarmd.api.access import Door, Who, share_of
 from mycoswarmd.api.handler import BOUNDS_ITSELF, BoundedHandler, Kept, abort
 from mycoswarmd.api.porch import source_of
 from mycoswarmd.core.types import Principal
@@ -92,6 +92,15 @@ class Line:
         return (
             self.key or self.node_id or (share_of(self.account) if self.account is not None else self.source)
         )
+
+    @property
+    def kind(self) -> str:
+        """Which kind of caller has the part that an answer takes."""
+        if self.account is not None:
+            return "owner" if self.account.is_owner else Who.LOCAL
+        if self.node_id is not None:
+            return Who.NODE
+        return Who.PROGRAM if self.key else Who.STRANGER
 
     @property
     def is_stranger(self) -> bool:

@@ -91,6 +91,8 @@ class BodyRoom:
             yield
         finally:
             self._of[who] -= size_bytes
+            if not self._of[who]:
+                del self._of[who]
 
     def _fits(self, who: str, size_bytes: int) -> bool:
         mine, everybodys = self._of[who], self._of.total()

@@ -305,7 +305,7 @@ async def test_accounts_without_a_name_have_the_part_of_one(monkeypatch: pytest.
 async def test_answers_that_nobody_takes_fill_their_room_and_no_more(
     each_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_ANSWERS", Size(each_bytes, 1 << 40))
+    monkeypatch.setitem(app._ANSWERS, Who.PROGRAM, Size(each_bytes, 1 << 40))
     monkeypatch.setattr(app, "_READER_S", 1.0)
 
     async def much(call: Call) -> StreamResponse:
@@ -354,32 +354,47 @@ async def test_many_vectors_are_fetched_for_one_caller_at_a_time(inputs: int, at
 
 
 @pytest.mark.parametrize("each", [3, 1000], ids=["bounded", "control"])
-async def test_what_goes_on_without_its_callers_is_bounded(
+async def test_tasks_that_wait_for_a_person_without_their_callers_are_bounded(
     each: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_GOING", Size(each, 1000))
-    going, may_end = 0, asyncio.Event()
+    monkeypatch.setattr(app, "_POSTED", Size(each, 1000))
+    posted, may_end = 0, asyncio.Event()
 
     async def slow(call: Call) -> StreamResponse:
-        nonlocal going
-        going += 1
+        nonlocal posted
+        posted += 1
         await may_end.wait()
         return json_answer({})
 
-    async with running_api(routes=routes_with(SYNC_PATH, slow)) as node:
-        nina, otto = await node.admit("nina"), await node.admit("otto")
+    routes = [replace(one, handler=slow) if one.may_wait_for_people else one for one in ROUTES]
+    async with running_api(routes=routes) as node:
+        anna, olga = await node.admit("anna", role="operator"), await node.admit("olga", role="operator")
         for _ in range(8):
-            async with node.connected(nina) as one:
-                await one.send("POST", SYNC_PATH, b"{}")
+            async with node.connected(anna) as one:
+                await one.send("POST", "/api/tasks", b"{}")
                 await asyncio.sleep(0.05)
-        assert going == min(each, 4)  # a member's rosters come four at a time
+        assert posted == min(each, 8)
+        # Who decides is not kept out, and nobody else is.
+        assert (await node.ask(anna, "POST", "/api/policy/reload", {})).status == 200
+        asked = asyncio.create_task(node.ask(olga, "POST", "/api/tasks", b"{}"))
         if each == 3:
-            assert (await node.ask(nina, "POST", SYNC_PATH, b"{}")).code == "too-many-bodies"
-        asked = asyncio.create_task(node.ask(otto, "POST", SYNC_PATH, b"{}"))
-        await asyncio.sleep(0.1)
+            assert (await node.ask(anna, "POST", "/api/tasks", b"{}")).code == "too-many-waiting"
         may_end.set()
         assert (await asked).status == 200
-        assert (await node.ask(nina, "POST", SYNC_PATH, b"{}")).status == 200
+        assert (await node.ask(anna, "POST", "/api/tasks", b"{}")).status == 200
+
+
+async def test_an_answer_that_was_read_is_kept_by_nobody() -> None:
+    async def much(call: Call) -> StreamResponse:
+        return json_answer({"text": "x" * (5 << 20)})
+
+    async with running_api(routes=routes_with("/v1/completions", much)) as node, AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(node.program()) for _ in range(12)]
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for one in callers:
+            assert len((await one.ask("POST", "/v1/completions", {}, KNOWN)).body) > 5 << 20
+        assert tracemalloc.get_traced_memory()[0] < 12 << 20
 
 
 @pytest.mark.parametrize("read_bytes", [lines._READ_BYTES, 256 << 10], ids=["bounded", "control"])
