@@ -81,6 +81,11 @@ class Route:
         return self.handler is control.put_blob
 
     @property
+    def may_wait_for_people(self) -> bool:
+        """Tell whether a rule may have the handler ask a person first."""
+        return (self.method, self.path) == ("POST", "/api/tasks")
+
+    @property
     def is_endless(self) -> bool:
         """Tell whether the answer has no end of its own."""
         return self.handler is peers.watch
