@@ -18,7 +18,15 @@ from mycoswarmd.core.policy.rights import compile_rights
 from mycoswarmd.core.policy.tools import TOOLS
 from mycoswarmd.core.tasks import Task, TaskState
 from mycoswarmd.core.types import Action, Request
-from mycoswarmd.errors import BadRequest, CageError, Denied, EngineError, MycoswarmError, Unavailable
+from mycoswarmd.errors import (
+    BadRequest,
+    CageError,
+    CageNotUp,
+    Denied,
+    EngineError,
+    MycoswarmError,
+    Unavailable,
+)
 from mycoswarmd.flow.approve import ApprovalDesk
 from mycoswarmd.flow.ports import (
     BlobStore,
@@ -136,6 +144,7 @@ class Attempt:
     receipts: ReceiptLog
     clock: Clock
     tell: Callable[[], Awaitable[None]]
+    cage_is_up: Callable[[], None]
     tokens: int = 0
     steps: int = 0
     codes: set[str] = field(default_factory=lambda: set(_CODES))
@@ -155,7 +164,11 @@ class Attempt:
             attempt=self.task.attempt,
             sandbox=self.prompts.node.sandbox,
         )
-        cage = await cages.open(spec)
+        try:
+            cage = await cages.open(spec)
+        except OSError as exc:  # no descriptor, no memory: both come back
+            raise CageNotUp("cage-setup", f"cannot build a cage: {exc.strerror}") from exc
+        self.cage_is_up()
         try:
             await self._note(
                 "proof",

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 # How soon the worker looks for back-offs, deadlines and answers that came due; work that arrives wakes it at
 # once. A node without open tasks is left to sleep: each look costs a few reads of the database.
 _LOOK_S, _IDLE_LOOK_S = 1.0, 15.0
+# A cage that comes up takes less, and its maker gives up sooner.
+_CAGE_UP_S = 120.0
 # How soon a final state is written again when the disk refused it.
 _AGAIN_S = 1.0
 # Waiting tasks that are looked at in one go; the rest in the next.
@@ -292,7 +294,7 @@ class Tasks:
         )
         has_begun = False
         try:
-            async with asyncio.timeout(self._time_left_s(task, profile.limits.wall_s)) as running.scope:
+            async with asyncio.timeout(self._time_left_s(task, _CAGE_UP_S)) as running.scope:
                 attempt = Attempt(
                     task=task,
                     profile=profile,
@@ -306,6 +308,7 @@ class Tasks:
                     receipts=self._receipts,
                     clock=self._clock,
                     tell=self.tell,
+                    cage_is_up=lambda: self._begin_wall(task, running, profile.limits.wall_s),
                 )
                 has_begun = True
                 return await attempt.carry_out(self._cages)
@@ -417,7 +420,13 @@ class Tasks:
         while task_id in self._running:
             await self.wait_for_change(_LOOK_S)
 
-    def _time_left_s(self, task: Task, wall_s: int) -> float:
+    def _begin_wall(self, task: Task, running: _Running, wall_s: int) -> None:
+        """Count the agent's wall time from now on; that its cage took long is not its doing."""
+        if running.scope is not None and running.interruption is None:
+            left_s = self._time_left_s(task, wall_s)
+            running.scope.reschedule(asyncio.get_running_loop().time() + left_s)
+
+    def _time_left_s(self, task: Task, wall_s: float) -> float:
         if task.spec.deadline_at_ms is None:
             return wall_s
         return min(wall_s, max(0.0, (task.spec.deadline_at_ms - self._clock.now_ms()) / 1000))

@@ -34,7 +34,8 @@ class Session(abc.ABC):
         self._buffer = bytearray()
         self._proof: Proof | None = None
         self._is_expired = False
-        self._timer = asyncio.get_running_loop().call_later(wall_s, self._expire)
+        self._wall_s = wall_s
+        self._timer: asyncio.TimerHandle | None = None
         self._closing = asyncio.Lock()
         self._is_closed = False
         self._on_gone: Callable[[], object] = lambda: None
@@ -57,6 +58,8 @@ class Session(abc.ABC):
                     await self.send(confine)
                 answer = await self.receive()
                 self._proof = await self._check(answer, confine)
+            # How long it took to come up is not the agent's time.
+            self._timer = asyncio.get_running_loop().call_later(self._wall_s, self._expire)
         except TimeoutError as exc:
             await self.close()
             raise CageNotUp("cage-unproved", f"cannot use the cage: no proof within {PROOF_S:.0f} s") from exc
@@ -132,7 +135,8 @@ class Session(abc.ABC):
         return ""
 
     def _release(self) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._writer.transport.abort()
 
     def _take_frame(self) -> Frame | None:
