@@ -295,6 +295,26 @@ async def test_slow_readers_and_senders_keep_nobody_else_out(monkeypatch: pytest
         assert (await sender.answer()).status == 200
 
 
+async def test_an_upload_does_not_go_on_without_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "_BLOBS", {"operator": Size(1, 1)})
+    async with running_api() as node:
+        anna = await node.admit("anna", role="operator")
+        async with node.connected(anna) as one:
+            one.writer.write(head(one, PATH, f"Content-Length: {len(DATA)}") + DATA[:500_000])
+            await until_begun(blobs_of(node), 500_000)
+            before = len(asyncio.all_tasks())
+            for _ in range(20):
+                async with node.connected(anna) as other:  # all of it comes, and waits for its turn
+                    await other.send("PUT", f"/api/blobs/{hashlib.sha256(b'x').hexdigest()}", b"x")
+                    await asyncio.sleep(0.02)
+            async with asyncio.timeout(2):  # they would wait for 5 s
+                while len(asyncio.all_tasks()) > before:
+                    await asyncio.sleep(0.02)
+            one.writer.write(DATA[500_000:])
+            assert (await one.answer()).status == 200
+        assert names(blobs_of(node)) == [NAME]
+
+
 @pytest.mark.parametrize("what", ["PUT", "POST", "GET"])
 def test_who_hangs_up_at_once_again_and_again_leaves_no_work_and_no_descriptor(
     tmp_path: Path, what: str
