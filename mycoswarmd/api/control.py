@@ -120,7 +120,8 @@ async def submit(call: Call) -> StreamResponse:
             hint=f"labels: {', '.join(policy.labels.order)}",
         )
     task, is_new = await call.services.tasks.submit(call.principal, spec)
-    return json_answer({"task": await _task_row(call, task)}, status=202 if is_new else 200)
+    # Without the prompt, which may be large: what was done is always said, and a large answer may be refused.
+    return json_answer({"task": _summary_row(task)}, status=202 if is_new else 200)
 
 
 async def tasks(call: Call) -> StreamResponse:
@@ -226,20 +227,14 @@ async def _send_blob(call: Call, sha256: str) -> StreamResponse:
 
 async def cancel(call: Call) -> StreamResponse:
     """End a task."""
-    return json_answer(
-        {"task": await _task_row(call, await call.services.tasks.cancel(TaskId(call.path["id"])))}
-    )
+    ended = await call.services.tasks.cancel(TaskId(call.path["id"]))
+    return json_answer({"task": _summary_row(ended)})
 
 
 async def retry(call: Call) -> StreamResponse:
     """Put a parked or failed task back into the queue."""
-    return json_answer(
-        {
-            "task": await _task_row(
-                call, await call.services.tasks.retry(call.principal, TaskId(call.path["id"]))
-            )
-        }
-    )
+    queued = await call.services.tasks.retry(call.principal, TaskId(call.path["id"]))
+    return json_answer({"task": _summary_row(queued)})
 
 
 # --- approvals ---------------------------------------------------------------------------------

@@ -316,6 +316,18 @@ def test_bad_tasks_are_refused_when_submitted(
     assert answer.json["error"]["code"] == code
 
 
+def test_what_was_done_to_a_large_task_is_said_without_it(daemon: NodeProcess) -> None:
+    """A large answer may find no room; that a task was posted, cancelled or retried is always said."""
+    body = {"prompt": "x" * 500_000, "agent": "scribe", "model": "silent"}
+    posted = daemon.call("POST", "/api/tasks", body)
+    path = f"/api/tasks/{posted.json['task']['id']}"
+    cancelled = daemon.call("POST", f"{path}/cancel", {})
+    assert (posted.status, cancelled.status) == (202, 200)
+    assert cancelled.json["task"]["state"] == "cancelled"
+    assert max(len(posted.body), len(cancelled.body)) < 2000
+    assert len(daemon.call("GET", path).json["task"]["prompt"]) == 500_000
+
+
 def test_a_key_gives_one_task(daemon: NodeProcess, engine: Upstream) -> None:
     engine.play(FINISH)
     first = daemon.submit("Once", model="agent", idempotency_key="k1")
