@@ -68,7 +68,7 @@ _ANSWERS = {
     Who.NODE: Size(16 << 20, 32 << 20),
     Who.STRANGER: Size(8 << 20, 8 << 20),
 }
-_READER_S = 120.0  # the largest at 0.4 MB/s
+_READER_S = 120.0  # the largest at 0.3 MB/s
 # How many tasks are being posted, which may have to wait for a person, whether or not their callers are still
 # there: no bound of connections counts those.
 _POSTED = Size(64, 256)

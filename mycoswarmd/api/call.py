@@ -44,7 +44,7 @@ class Call:
         if not self.untrusted_body:
             return {}
         try:
-            value = json.loads(self.untrusted_body)
+            value = json.loads(self.untrusted_body.decode("utf-8"))  # not what else it may look like
         except (ValueError, RecursionError) as exc:
             raise BadRequest("bad-json", "cannot read the request: the body is not JSON") from exc
         if not isinstance(value, dict):

@@ -83,7 +83,11 @@ class BodyRoom:
 
     @contextmanager
     def taken_now(self, who: str, size_bytes: int) -> Iterator[None]:
-        """Hold so many bytes of what is in memory already, or raise Unavailable."""
+        """Hold so many bytes of what is in memory already, or raise Unavailable.
+
+        One that is larger than its caller's part counts as that: others still have theirs.
+        """
+        size_bytes = min(size_bytes, self._size.each_bytes)
         if not self._fits(who, size_bytes):
             raise _full()
         self._of[who] += size_bytes

@@ -303,7 +303,7 @@ class ManagedLlama:
         check_permit(permit, find_model(self.models(), prompt, engine=self._name))
         child = await self._child_for(prompt.model)
         try:
-            async with self._slots.taken(vectors=len(prompt.inputs)):
+            async with self._slots.taken():
                 yield child
         finally:
             child.users -= 1

@@ -140,7 +140,7 @@ class OpenAIEngine:
     @asynccontextmanager
     async def _admitted(self, permit: Permit, prompt: Prompt) -> AsyncIterator[ModelInfo]:
         """Hold a place for a prompt whose permit covers where this engine would send it."""
-        async with self._slots.taken(vectors=len(prompt.inputs)):
+        async with self._slots.taken():
             if self._state != "ready":  # since the prompt was placed: the model may be back with the engine
                 raise self._upstream.down(f"it is {self._state}")
             info = await self._locate(prompt)

@@ -152,7 +152,7 @@ class PeerEngine:
     @asynccontextmanager
     async def _admitted(self, permit: Permit, prompt: Prompt) -> AsyncIterator["_Crossing"]:
         """Hold a place for a prompt whose permit covers this member."""
-        async with self._slots.taken(vectors=len(prompt.inputs)):
+        async with self._slots.taken():
             if self._state.state is not Reach.READY:
                 raise _unreachable(self._member_name, self._state.detail)
             check_permit(permit, find_model(self.models(), prompt, engine=self._name))

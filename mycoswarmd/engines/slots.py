@@ -10,8 +10,6 @@ from mycoswarmd.errors import Unavailable
 DEFAULT_WAIT_S = 30.0
 # Each one waiting holds its prompt in memory.
 DEFAULT_MAX_WAITING = 64
-# More vectors than this are tens of MB.
-MANY_VECTORS = 64
 
 
 class Slots:
@@ -32,47 +30,32 @@ class Slots:
     ) -> None:
         self._engine = engine
         self._places = asyncio.Semaphore(limit)
-        self._many = asyncio.Semaphore(1)
         self._max_waiting = max_waiting
         self._wait_s = wait_s
         self.running = 0
         self.waiting = 0
 
     @asynccontextmanager
-    async def taken(self, *, vectors: int = 0) -> AsyncIterator[None]:
-        """Hold a place; Unavailable("engine-busy") when too many wait, or it takes too long.
-
-        Of answers with many vectors one is in memory at a time.
-        """
-        if vectors > MANY_VECTORS:
-            async with self._held(self._many), self.taken():
-                yield
-            return
-        async with self._held(self._places):
-            self.running += 1
-            try:
-                yield
-            finally:
-                self.running -= 1
-
-    @asynccontextmanager
-    async def _held(self, places: asyncio.Semaphore) -> AsyncIterator[None]:
-        if places.locked():
-            await self._wait(places)
+    async def taken(self) -> AsyncIterator[None]:
+        """Hold a place; Unavailable("engine-busy") when too many wait, or it takes too long."""
+        if self._places.locked():
+            await self._wait()
         else:
-            await places.acquire()
+            await self._places.acquire()
+        self.running += 1
         try:
             yield
         finally:
-            places.release()
+            self.running -= 1
+            self._places.release()
 
-    async def _wait(self, places: asyncio.Semaphore) -> None:
+    async def _wait(self) -> None:
         if self.waiting >= self._max_waiting:
             raise self._busy(f"{self.waiting} prompts wait already")
         self.waiting += 1
         try:
             async with asyncio.timeout(self._wait_s):
-                await places.acquire()
+                await self._places.acquire()
         except TimeoutError as exc:
             raise self._busy(f"no place became free within {self._wait_s:g} s") from exc
         finally:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
@@ -47,6 +48,10 @@ _SMALL_BYTES = 1 << 20
 _ANSWER_BYTES = 16 << 20
 # Vectors as text: 2,048 of 1,024 numbers are about 40 MB.
 _EMBEDDINGS_BYTES = 48 << 20
+_MANY_VECTORS = 64
+# How long such an answer may take once it has begun, and may wait for the one before it.
+_VECTORS_S, _TURN_S = 60.0, 90.0
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 # Python parses JSON without letting any other thread run, and makes twenty times as much of each list,
 # object and key. So they are counted first; no text that a model writes has as many of these signs.
 _PARTS = (b"[", b"{", b":")
@@ -167,8 +172,36 @@ class Exchange(ABC):
 
     async def embed(self, prompt: Prompt) -> Embeddings:
         """Return one vector for each input."""
-        untrusted = await self._ask(prompt, _EMBEDDINGS_BYTES)
-        return await self._parse_whole(untrusted, partial(parse_embeddings, count=len(prompt.inputs)))
+        body = encode_request(prompt, stream=False)
+        async with self._request(PATHS[prompt.kind], body, wait_s=self._patience.answer_s) as response:
+            await self._check_status(response, prompt)
+            # Only now: whoever waits for its turn waits for an answer that comes, and not for an engine,
+            # which may be a node that waits for this one.
+            async with self._turn(len(prompt.inputs)):
+                untrusted = await self._read(response, _EMBEDDINGS_BYTES, _VECTORS_S)
+                return await self._parse_whole(untrusted, partial(parse_embeddings, count=len(prompt.inputs)))
+
+    @asynccontextmanager
+    async def _turn(self, vectors: int) -> AsyncIterator[None]:
+        """Have many vectors alone in memory: they are three times their text, which is tens of MB."""
+        if vectors <= _MANY_VECTORS:
+            yield
+            return
+        turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(1))
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await turn.acquire()
+        except TimeoutError as exc:
+            raise Unavailable(
+                "engine-busy",
+                f"cannot answer now: others fetch many vectors as well as this prompt from {self._engine!r}",
+                hint="ask for fewer at a time",
+                retry_after_s=5,
+            ) from exc
+        try:
+            yield
+        finally:
+            turn.release()
 
     async def stream(self, prompt: Prompt, *, native_tools: bool) -> AsyncGenerator[Delta, None]:
         """Yield the answer piece by piece, then Finish, then Usage; closing it stops the engine."""

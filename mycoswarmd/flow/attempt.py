@@ -168,8 +168,8 @@ class Attempt:
             cage = await cages.open(spec)
         except OSError as exc:  # no descriptor, no memory: both come back
             raise CageNotUp("cage-setup", f"cannot build a cage: {exc.strerror}") from exc
-        self.cage_is_up()
         try:
+            self.cage_is_up()
             await self._note(
                 "proof",
                 {

@@ -182,6 +182,14 @@ class Tasks:
 
     async def cancel(self, task_id: TaskId) -> Task:
         """End a task that has not ended; its cage and all in it are killed."""
+        while True:
+            try:
+                return await self._cancel(task_id)
+            except Conflict as exc:
+                if exc.code != "stale-attempt":  # a worker took it meanwhile: look again
+                    raise
+
+    async def _cancel(self, task_id: TaskId) -> Task:
         task = await self._store.get(task_id)
         if task.state in FINAL:
             raise Conflict("already-ended", f"cannot cancel task {task_id!r}: it is {task.state.value}")

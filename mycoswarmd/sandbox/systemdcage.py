@@ -122,7 +122,7 @@ class SystemdCages:
 
     async def _build_spare(self) -> None:
         if self._keep_spare and self._spare is None:
-            with suppress(CageError):  # whoever opens the next one is told
+            with suppress(CageError, OSError):  # whoever opens the next one is told
                 spare = await self._connect()
                 self.close()  # somebody else may have been as quick
                 self._spare = spare

@@ -1,7 +1,10 @@
 """One account, or one program, that asks too much: what it takes from others."""
 
 import asyncio
+import contextlib
+import json
 import os
+import socket
 import sys
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -20,7 +23,7 @@ from mycoswarmd.api.room import PER_BYTE, Size, weigh
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Handler, Route
 from mycoswarmd.ctl.unixhttp import open_answer
 from mycoswarmd.errors import Unavailable
-from tests.fakes import OPENAI, Turn, embed_ok, serving
+from tests.fakes import OPENAI, Turn, serving
 from tests.integration.apis import API_KEY, Answer, Connection, Running, local_user, running_api
 
 pytestmark = pytest.mark.integration
@@ -327,30 +330,91 @@ async def test_answers_that_nobody_takes_fill_their_room_and_no_more(
                 await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize(("inputs", "at_once"), [(100, 1), (4, 3)], ids=["many", "control"])
-async def test_many_vectors_are_fetched_for_one_caller_at_a_time(inputs: int, at_once: int) -> None:
-    working = most = 0
+@pytest.mark.parametrize("inputs", [100, 4], ids=["many", "control"])
+async def test_of_many_vectors_one_answer_is_read_at_a_time(inputs: int) -> None:
+    begun, may_end = asyncio.Event(), asyncio.Event()
 
-    async def slow(turn: Turn) -> None:
-        nonlocal working, most
-        working += 1
-        most = max(most, working)
-        await asyncio.sleep(0.3)
-        working -= 1
-        await embed_ok(turn)
+    async def halts(turn: Turn) -> None:
+        rows = [{"index": number, "embedding": [0.5]} for number in range(inputs)]
+        data = json.dumps({"data": rows, "usage": {"prompt_tokens": 4}}).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        await turn.write(head.encode() + data[:10])
+        if not begun.is_set():
+            begun.set()
+            await may_end.wait()
+        await turn.write(data[10:])
 
     body = {"model": "small", "input": ["x"] * inputs}
     async with (
-        serving({**OPENAI, "/v1/embeddings": slow}) as fake,
+        serving({**OPENAI, "/v1/embeddings": halts}) as fake,
         running_api(engine_url=fake.address) as node,
-        AsyncExitStack() as stack,
+        local_user(node, uid=0) as one,
+        local_user(node, uid=0) as other,
     ):
         while not node.services.prompts.models():
             await asyncio.sleep(0.01)
-        callers = [await stack.enter_async_context(local_user(node, uid=0)) for _ in range(3)]
-        answers = await asyncio.gather(*(one.ask("POST", "/v1/embeddings", body) for one in callers))
-        assert [len(one.json["data"]) for one in answers] == [inputs] * 3
-    assert most == at_once
+        first = asyncio.create_task(one.ask("POST", "/v1/embeddings", body))
+        await begun.wait()
+        await asyncio.sleep(0.2)
+        second = asyncio.create_task(other.ask("POST", "/v1/embeddings", body))
+        done, _ = await asyncio.wait([second], timeout=1.0)
+        assert bool(done) == (inputs == 4)
+        may_end.set()
+        assert [len((await answer).json["data"]) for answer in (first, second)] == [inputs] * 2
+
+
+# Small, but it makes 0.9 MB of objects.
+_HEAVY = b'{"model": "none", "prompt": [' + b",".join([b'{"a":{}}'] * 2500) + b"]}"
+
+
+@pytest.mark.parametrize("all_bytes", [1 << 20, 1 << 30], ids=["bounded", "control"])
+async def test_a_small_body_counts_for_what_it_makes(all_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(all_bytes, all_bytes))
+    assert len(_HEAVY) < app._UNCOUNTED_BYTES and weigh(_HEAVY) > 600 << 10
+    running, may_end = 0, asyncio.Event()
+
+    async def slow(call: Call) -> StreamResponse:
+        nonlocal running
+        running += 1
+        await may_end.wait()
+        return json_answer({})
+
+    async with running_api(routes=routes_with("/v1/completions", slow)) as node, AsyncExitStack() as stack:
+        callers = [await stack.enter_async_context(node.program()) for _ in range(3)]
+        for one in callers:
+            await one.send("POST", "/v1/completions", _HEAVY, KNOWN)
+        await asyncio.sleep(0.3)
+        assert running == (1 if all_bytes == 1 << 20 else 3)
+        may_end.set()
+        assert [(await one.answer()).status for one in callers] == [200] * 3
+
+
+@pytest.mark.parametrize("read_bytes", [lines._READ_BYTES, 256 << 10], ids=["bounded", "control"])
+async def test_a_connection_that_waits_for_room_holds_little(
+    read_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "_READ_BYTES", read_bytes)
+    monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(PER_BYTE * 8 << 20, PER_BYTE * 8 << 20))
+    async with running_api() as node, AsyncExitStack() as stack:
+        first, *waiting = [await stack.enter_async_context(node.program()) for _ in range(11)]
+        head = head_of(first, "/v1/completions", DECLARED)
+        first.writer.write(head + b"x" * (100 << 10))  # has all the room
+        await asyncio.sleep(0.2)
+        sent = head + b"x" * (1 << 20)
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        for one in waiting:
+            # Not by its writer, which would keep what it has not sent.
+            one.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            sock = socket.socket(fileno=os.dup(one.writer.get_extra_info("socket").fileno()))
+            stack.callback(sock.close)
+            sent_bytes = 0
+            for _ in range(20):
+                with contextlib.suppress(BlockingIOError):
+                    sent_bytes += sock.send(sent[sent_bytes:])
+                await asyncio.sleep(0.005)
+        held_bytes = tracemalloc.get_traced_memory()[0] // 10
+    assert (held_bytes < 200 << 10) == (read_bytes < 256 << 10), held_bytes
 
 
 @pytest.mark.parametrize("each", [3, 1000], ids=["bounded", "control"])

@@ -96,3 +96,15 @@ async def test_who_holds_room_is_given_more_only_where_there_is_some() -> None:
         await keep(100)
     async with room.taken("carl", 150), asyncio.timeout(1):
         pass
+
+
+def test_what_is_larger_than_its_callers_part_leaves_others_theirs() -> None:
+    room = BodyRoom(Size(100, 200), patience_s=0)
+    with room.taken_now("anna", 5000):
+        with pytest.raises(Unavailable), room.taken_now("anna", 1):
+            raise AssertionError
+        with room.taken_now("bert", 90), pytest.raises(Unavailable), room.taken_now("carl", 20):
+            raise AssertionError
+        with room.taken_now("carl", 5000):
+            pass
+    assert not room._of
