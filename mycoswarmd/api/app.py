@@ -68,6 +68,8 @@ _ANSWERS = {
     Who.NODE: Size(16 << 20, 32 << 20),
     Who.STRANGER: Size(8 << 20, 8 << 20),
 }
+_PIECE_BYTES = 256 << 10
+_BESIDE = ("Server", ROSTER_HEADER)
 _READER_S = 120.0  # the largest at 0.3 MB/s
 # How many tasks are being posted, which may have to wait for a person, whether or not their callers are still
 # there: no bound of connections counts those.
@@ -241,17 +243,25 @@ class Api:
         """Send an answer that is large, and count it for as long as that takes."""
         if not isinstance(response, Response) or response.prepared or not isinstance(response.body, bytes):
             return response
-        if (size_bytes := len(response.body)) <= _UNCOUNTED_BYTES:
+        if (size_bytes := len(whole := response.body)) <= _UNCOUNTED_BYTES or request.method == "HEAD":
             return response
         try:
             with self._answers[line.kind].taken_now(line.who, size_bytes):
                 async with asyncio.timeout(_READER_S):
                     await response.prepare(request)
+                    # aiohttp keeps it until the next request on this connection.
+                    response.body = None
+                    # In pieces: of one that is whole, TLS takes all at once, and says that it is gone.
+                    for start in range(0, size_bytes, _PIECE_BYTES):
+                        await response.write(whole[start : start + _PIECE_BYTES])
                     await response.write_eof()
-                # aiohttp keeps the answer until the next request on this connection.
-                response.body = None
         except Unavailable as exc:
-            return _refusal(exc)
+            refusal = _refusal(exc)
+            # What a member or a stranger is told beside every answer, and nothing else.
+            refusal.headers.update(
+                {name: response.headers[name] for name in _BESIDE if name in response.headers}
+            )
+            return _last(refusal) if response.keep_alive is False else refusal
         except TimeoutError:
             abort(line.transport)
         return response
@@ -262,6 +272,7 @@ class Api:
         if line.refusal is not None:
             raise line.refusal
         caller = self._doorman.admit(listener, request)
+        line.kind, line.who = self._kind_of(caller), share_of(caller.principal)
         if caller.principal.key is not None:
             self._lines.prove(request, line, caller.principal.key)
         found = self._router.find(request.method, request.path)
@@ -290,7 +301,9 @@ class Api:
         except MycoswarmError as exc:
             return _last(_refusal(exc))
         if caller.is_stranger:
+            line.who = line.source
             return await self._serve_stranger(line, caller, request)
+        line.kind, line.who = self._kind_of(caller), share_of(caller.principal)
         line.allow(None)
         return await _answered(self._serve_member(line, caller, request))
 

@@ -74,6 +74,7 @@ class Line:
         key: the name of the API key that a program showed, or "".
         refusal: what its first request is answered with, where there were too many.
         is_endless: it carries an answer that has no end of its own.
+        kind: which kind of caller has the part that an answer takes, and `who` of them; once that is known.
     """
 
     transport: asyncio.Transport
@@ -84,23 +85,9 @@ class Line:
     key: str = ""
     refusal: Unavailable | None = None
     is_endless: bool = False
+    kind: str = Who.STRANGER
+    who: str = ""
     _timer: asyncio.TimerHandle | None = None
-
-    @property
-    def who(self) -> str:
-        """Whose part of what there is an answer on this connection takes."""
-        return (
-            self.key or self.node_id or (share_of(self.account) if self.account is not None else self.source)
-        )
-
-    @property
-    def kind(self) -> str:
-        """Which kind of caller has the part that an answer takes."""
-        if self.account is not None:
-            return "owner" if self.account.is_owner else Who.LOCAL
-        if self.node_id is not None:
-            return Who.NODE
-        return Who.PROGRAM if self.key else Who.STRANGER
 
     @property
     def is_stranger(self) -> bool:

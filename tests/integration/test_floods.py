@@ -20,7 +20,7 @@ from mycoswarmd.api.access import Who
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
 from mycoswarmd.api.room import PER_BYTE, Size, weigh
-from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Handler, Route
+from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Handler, Route
 from mycoswarmd.ctl.unixhttp import open_answer
 from mycoswarmd.errors import Unavailable
 from tests.fakes import OPENAI, Turn, serving
@@ -446,6 +446,30 @@ async def test_tasks_that_wait_for_a_person_without_their_callers_are_bounded(
         may_end.set()
         assert (await asked).status == 200
         assert (await node.ask(anna, "POST", "/api/tasks", b"{}")).status == 200
+
+
+async def test_a_member_that_does_not_read_keeps_answers_from_no_person(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(app._ANSWERS, Who.NODE, Size(8 << 20, 8 << 20))
+
+    async def much(call: Call) -> StreamResponse:
+        return json_answer({"text": "x" * (24 << 20)})
+
+    routes = [
+        *routes_with("/v1/completions", much),
+        Route("GET", "/much", frozenset(Who), Gate.OPEN, 0, much),
+    ]
+    async with running_api(routes=routes) as node:
+        nina, otto = await node.admit("nina"), await node.admit("otto")
+        anna = await node.admit("anna", role="operator")
+        async with node.connected(nina) as silent:
+            await silent.send("POST", "/v1/completions", {})
+            await silent.reader.readline()
+            refused = await node.ask(otto, "POST", "/v1/completions", {})
+            assert (refused.status, refused.code) == (503, "too-many-bodies")
+            assert refused.headers["server"] == "mycoswarmd"  # and not which libraries
+            assert (await node.ask(anna, "GET", "/much")).status == 200
 
 
 async def test_an_answer_that_was_read_is_kept_by_nobody() -> None:
