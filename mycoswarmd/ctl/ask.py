@@ -32,6 +32,14 @@ def ask(
     max_tokens: int = typer.Option(
         None, "--max-tokens", min=1, metavar="N", help="Stop the answer after N tokens."
     ),
+    temperature: float = typer.Option(
+        None,
+        "--temperature",
+        min=0,
+        max=2,
+        metavar="T",
+        help="How freely words are chosen; 0: always the likeliest. Default: the engine's.",
+    ),
     no_stream: bool = typer.Option(False, "--no-stream", help="Print the answer when it is complete."),
     verbose: bool = typer.Option(
         False, "--verbose", "-v", help="Say on stderr which node, model, zone and rule answered."
@@ -49,6 +57,8 @@ def ask(
     body: Doc = {"model": name, "messages": [*messages, {"role": "user", "content": text}]}
     if max_tokens is not None:
         body["max_tokens"] = max_tokens
+    if temperature is not None:
+        body["temperature"] = temperature
     if not (no_stream or as_json):
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     headers = {"X-Mycoswarm-Label": header_value(label)} if label else {}

@@ -109,7 +109,7 @@ def wait_served(machine: Machine) -> None:
 def test_it_answers_and_is_started_again_and_has_proved_that_it_is_confined(node: Machine) -> None:
     wait_served(node)
     question = "What is the capital of France? Answer in one short sentence."
-    answer = ctl(node, "ask", "--model", MODEL, "--max-tokens", "24", question)
+    answer = ctl(node, "ask", "--model", MODEL, "--max-tokens", "24", "--temperature", "0", question)
     assert "Paris" in answer.out
     engine = engine_of(node)
     assert "not confined" not in engine["detail"], engine

@@ -43,17 +43,18 @@ def test_the_answer_streams_to_stdout_and_the_choice_of_model_to_stderr(asked: F
     body = asked.asked[-1].json
     assert (body["model"], body["stream"]) == ("small", True)
     assert body["messages"] == [{"role": "user", "content": "hi"}]
+    assert body.keys().isdisjoint({"max_tokens", "temperature"})
 
 
 def test_options_reach_the_node_and_no_model_is_chosen_where_one_is_named(asked: FakeNode) -> None:
-    ran = ctl(
-        asked, "ask", "--model", "m", "--label", "secret", "--system", "be brief", "--max-tokens", "5", "hi"
-    )
+    said = ("--label", "secret", "--system", "be brief", "--max-tokens", "5", "--temperature", "0")
+    ran = ctl(asked, "ask", "--model", "m", *said, "hi")
     assert (ran.code, ran.err) == (0, "")
     assert asked.paths() == ["POST /v1/chat/completions"]
     request = asked.asked[0]
     assert request.headers["x-mycoswarm-label"] == "secret"
     assert request.json["max_tokens"] == 5
+    assert request.json["temperature"] == 0
     assert request.json["messages"][0] == {"role": "system", "content": "be brief"}
 
 
