@@ -14,17 +14,19 @@ from typing import Any
 import pytest
 
 from mycoswarmd.engines.peerhttp import PeerHttp
-from mycoswarmd.errors import MycoswarmError
+from mycoswarmd.errors import MycoswarmError, Unavailable
 from mycoswarmd.flow.swarmports import PeerAddress
 from mycoswarmd.outposts.dialing import LanDialer
 from mycoswarmd.trust.tlsctx import Tls, knock_context
 from tests.dialers import Dialer, control_group, inside, ip, lan_dialer, let_nothing_out, network
 from tests.fakes import Turn, serving
 from tests.integration.neighbours import address_of, hood
+from tests.nodes import free_port
 from tests.upstream import upstream
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.timeout(300),
     pytest.mark.skipif(os.geteuid() != 0, reason="takes the network from a process"),
 ]
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,15 @@ async def outcome(what: str, dialer: Dialer, *more: str) -> dict[str, Any]:
         return found
 
 
+async def reached(what: str, dialer: Dialer, *more: str) -> dict[str, Any]:
+    """Ask until somebody is there: a busy machine may miss the second and a half that a member has."""
+    for _ in range(10):
+        found = await outcome(what, dialer, *more)
+        if found not in ({"code": "peer-unreachable"}, {"state": "down"}):
+            return found
+    raise AssertionError(f"{what}: nobody was reached")
+
+
 @pytest.fixture
 def dialer(tmp_path: Path) -> Iterator[Dialer]:
     with lan_dialer(tmp_path) as one:
@@ -64,7 +75,7 @@ async def test_a_whole_prompt_goes_through_the_dialer(dialer: Dialer) -> None:
         # By itself it gets nowhere.
         assert (await outcome("prompt-alone", dialer, book.url))["state"] == "down"
         assert book.bodies == []
-        found = await outcome("prompt", dialer, book.url)
+        found = await reached("prompt", dialer, book.url)
         assert found["state"] == "ready"
         assert found["answer"] == found["streamed"] != ""
         assert [body["messages"] for body in book.bodies] == [[{"role": "user", "content": "Hi"}]] * 2
@@ -75,7 +86,7 @@ async def test_only_a_declared_engine_is_found(tmp_path: Path) -> None:
     with upstream() as book, lan_dialer(tmp_path, "--settings", str(file)) as dialer:
         assert await outcome("prompt", dialer, book.url) == {"state": "down"}
         file.write_text(f'[engines.e]\nkind = "openai"\nurl = "{book.url}"\n')
-        assert (await outcome("prompt", dialer, book.url))["state"] == "ready"
+        assert (await reached("prompt", dialer, book.url))["state"] == "ready"
 
 
 async def echo(turn: Turn) -> None:
@@ -89,12 +100,12 @@ async def test_a_member_is_asked_through_the_dialer_and_both_prove_their_keys(di
         host, port = address_of(fake).host, str(address_of(fake).port)
         assert await outcome("peer-alone", dialer, host, port) == {"code": "peer-unreachable"}
         assert fake.connections == 0
-        found = await outcome("peer", dialer, host, port)
+        found = await reached("peer", dialer, host, port)
         assert found == {"code": "", "got": [{"n": 0}, {"n": 1}, {"n": 2}]}
-        assert fake.connections == 1
+        assert len({id(turn.writer) for turn in fake.turns}) == 1
     false = Tls(MALLORY.seed, MALLORY.cert_der).server_context(lambda: trusted)
     async with serving({"/swarm/sync": echo}, tls=false) as fake:
-        found = await outcome("peer", dialer, host, str(address_of(fake).port))
+        found = await reached("peer", dialer, host, str(address_of(fake).port))
         assert found == {"code": "peer-unproved"}
         assert fake.turns == []
 
@@ -115,9 +126,16 @@ async def ask(port: int, key: Any) -> object:
         return await one.ask("GET", "/swarm/word")
 
 
+async def answer_of(port: int, key: Any) -> object:
+    """Return what anna says, or None where there was no time to reach her."""
+    try:
+        return await ask(port, key)
+    except Unavailable:
+        return None
+
+
 async def test_members_come_in_through_a_socket_of_the_dialer(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        port = one.getsockname()[1]
+    port = free_port()
     file = tmp_path / "mycoswarm.toml"
     file.write_text(f'swarm_listen = "[::]:{port}"\n')
     with (
@@ -129,7 +147,10 @@ async def test_members_come_in_through_a_socket_of_the_dialer(tmp_path: Path) ->
         dialer.kill()  # who listens needs it no more
         with pytest.raises(MycoswarmError):
             await ask(port, MALLORY)
-        assert await ask(port, BERT) == {"here": "anna"}
+        async with asyncio.timeout(60):
+            while (said := await answer_of(port, BERT)) is None:
+                await asyncio.sleep(0.1)
+        assert said == {"here": "anna"}
         said = json.loads(await asyncio.to_thread(anna.stdout.readline))
         assert said == {"line": "GET /swarm/word HTTP/1.1", "cert": BERT.cert_der.hex()}
 
@@ -156,7 +177,7 @@ async def test_two_machines_meet_over_a_link_local_address(tmp_path: Path) -> No
         server = await asyncio.start_server(answer, sock=listener, ssl=tls)
         with lan_dialer(tmp_path, namespace=here) as dialer:
             async with server:
-                found = await outcome("peer", dialer, "fe80::2%lan0", "7437")
+                found = await reached("peer", dialer, "fe80::2%lan0", "7437")
         assert found == {"code": "", "got": [{"n": 0}, {"n": 1}, {"n": 2}]}
 
 
@@ -165,9 +186,9 @@ async def test_what_is_handed_over_is_judged_by_the_dialers_filter(dialer: Diale
     lan = LanDialer(dialer.path)
     with control_group(tmp_path) as group, socket.create_server(("127.0.0.1", 0)) as server:
         host, port = server.getsockname()
-        before = await lan.connect(host, port, 5)
+        before = await lan.connect(host, port, 60)
         (group / "cgroup.procs").write_text(str(dialer.pid))
-        dialled = await lan.connect(host, port, 5)
+        dialled = await lan.connect(host, port, 60)
         far = [server.accept()[0] for _ in range(2)]
         with before, dialled, far[0], far[1]:
             assert [passes(*pair) for pair in zip((before, dialled), far, strict=True)] == [True, True]
@@ -182,7 +203,7 @@ async def test_what_is_handed_over_is_judged_by_the_dialers_filter(dialer: Diale
 def passes(near: socket.socket, far: socket.socket) -> bool:
     """Tell whether a byte arrives."""
     near.send(b"x")
-    far.settimeout(0.3)
+    far.settimeout(2)
     try:
         return far.recv(1) == b"x"
     except TimeoutError:

@@ -14,6 +14,7 @@ import pytest
 
 from mycoswarmd.api.control import explain
 from mycoswarmd.core.types import Principal, Start, Zone
+from mycoswarmd.engines import peerhttp
 from mycoswarmd.engines.upstream import Patience
 from mycoswarmd.errors import Denied, EngineError, LocalProtocolError, MycoswarmError, NotFound, Unavailable
 from mycoswarmd.flow.prompt import Speaker
@@ -33,7 +34,7 @@ from tests.integration.neighbours import (
     policy_of,
 )
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 # As permissive as can be: everything, from anybody, and a way out.
 OPEN = """
@@ -82,6 +83,12 @@ origin = ["owner", "friend", "admins", "program", "carl"]
 SENDS_ALL = HOME.replace('label = { max = "private" }\n', "")
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends are in this process: what holds it up is no sign that nobody is there."""
+    monkeypatch.setattr(peerhttp, "_CONNECT_S", 30.0)
+
+
 @pytest.fixture
 async def stack() -> Any:
     async with AsyncExitStack() as stack:
@@ -112,9 +119,7 @@ def text(deltas: list[Delta]) -> str:
 
 async def until_gone(node: Neighbour) -> None:
     """Wait until the node's engine has noticed that its client left."""
-    async with asyncio.timeout(8):
-        await asyncio.to_thread(node.book.gone.wait, 8)
-    assert node.book.gone.is_set()
+    assert await asyncio.to_thread(node.book.gone.wait, 60)
 
 
 # --- crossing ------------------------------------------------------------------------------------
@@ -196,9 +201,13 @@ async def test_leaving_stops_the_engine_there(stack: AsyncExitStack) -> None:
 async def test_cancelling_before_the_first_byte_stops_the_engine_there(stack: AsyncExitStack) -> None:
     anna, bert = await two(stack)
     routed = await anna.prompts.route(OWNER, chat("silent", stream=True))
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(1):
-            await collect(routed.stream())
+    asking = asyncio.create_task(collect(routed.stream()))
+    while not bert.book.count("silent"):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
     assert bert.book.count("silent") == 1
     await until_gone(bert)
 
@@ -628,13 +637,14 @@ async def explained(node: Neighbour, model: str) -> list[dict[str, Any]]:
 # --- members that lie ----------------------------------------------------------------------------
 
 
-async def test_a_member_that_lies_is_bounded(stack: AsyncExitStack) -> None:
+async def test_a_member_that_lies_is_bounded() -> None:
     around = hood("anna", "mallory")
-    anna = await stack.enter_async_context(
-        neighbour("anna", around, serves=False, patience=Patience(first_byte_s=2, idle_s=1, answer_s=3))
-    )
     for script, code in LIES.items():
-        async with lying(around, "mallory", script) as fake:
+        patience = Patience(first_byte_s=2, idle_s=1, answer_s=3) if script is hangs else None
+        async with (
+            neighbour("anna", around, serves=False, patience=patience) as anna,
+            lying(around, "mallory", script) as fake,
+        ):
             await anna.know("mallory", address_of(fake), ["ok"])
             for prompt in (chat(stream=True), chat()):
                 routed = await anna.prompts.route(OWNER, prompt)
@@ -644,7 +654,6 @@ async def test_a_member_that_lies_is_bounded(stack: AsyncExitStack) -> None:
                 assert caught.value.code == code, (script.__name__, caught.value)
                 assert "mallory" in caught.value.message
                 assert "SECRET" not in str(caught.value)
-            anna.clients.pop(around["mallory"].id)
 
 
 async def garbage(turn: Turn) -> None:
@@ -732,7 +741,7 @@ async def test_an_endless_stream_of_words_is_let_through_bounded(stack: AsyncExi
                 received += len(delta.text)
                 if received > 4 << 20:
                     break
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await fake.left.wait()
 
 

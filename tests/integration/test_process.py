@@ -22,6 +22,7 @@ from tests.integration.cages import HERE, processes_in
 
 pytestmark = [
     pytest.mark.integration,
+    pytest.mark.timeout(300),
     pytest.mark.skipif(
         not Path("/usr/bin/bwrap").exists() and "CI" not in os.environ, reason="bubblewrap is not installed"
     ),
@@ -89,7 +90,7 @@ async def engine(state: Path, **options: bool) -> AsyncIterator[tuple[Process, d
 
 
 async def ask(path: Path, child: Process, log: Path) -> dict[str, Any]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not path.exists():
             assert Path(f"/proc/{child.pid}").exists(), log.read_text()
             await asyncio.sleep(0.01)
@@ -136,7 +137,7 @@ async def test_an_engine_that_ends_says_how(tmp_path: Path) -> None:
             env={},
             log_path=tmp_path / "log",
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await child.wait() == expected
     assert (tmp_path / "log").read_text() == "words\nwords\n"
 
@@ -145,9 +146,15 @@ async def test_an_engine_that_talks_a_lot_does_not_fill_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process_module, "LOG_CHECK_S", 0.01)
-    code = (
-        "import time\nfor n in range(8):\n print('x' * (1 << 20), flush=True)\n time.sleep(0.1)\nprint('end')"
-    )
+    # Each time it waits to be noticed.
+    code = """
+import os, time
+for n in range(8):
+    print("x" * (1 << 20), flush=True)
+    while os.fstat(1).st_size > 1 << 20:
+        time.sleep(0.01)
+print("end")
+"""
     log = tmp_path / "log"
     log.write_bytes(b"old" * (1 << 20))
     for _ in range(2):  # also what an earlier one left
@@ -155,7 +162,7 @@ async def test_an_engine_that_talks_a_lot_does_not_fill_the_disk(
             ["/usr/bin/python3", "-I", "-S", "-c", code], read_paths=[], write_paths=[], env={}, log_path=log
         )
         assert log.stat().st_size < 3 << 20
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await child.wait() == 0
         assert log.stat().st_blocks * 512 <= 4 << 20  # of 8
         assert log.read_bytes().endswith(b"end\n")
@@ -181,14 +188,14 @@ asyncio.run(main())
     ) as owner:
         assert owner.stdout is not None
         owner.stdout.readline()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not log.read_text().endswith("\n") and time.monotonic() < until:
             time.sleep(0.01)
         namespace = log.read_text().strip()
         assert processes_in(namespace)
         owner.send_signal(signal.SIGKILL)
         owner.wait()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while processes_in(namespace) and time.monotonic() < until:
         time.sleep(0.01)
     assert processes_in(namespace) == set()
@@ -214,11 +221,12 @@ asyncio.run(main())
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())
         # Only when it has become the engine has it been asked to die.
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while Path(f"/proc/{pid}/comm").read_text() != "sleep\n" and time.monotonic() < until:
             time.sleep(0.01)
         owner.send_signal(signal.SIGKILL)
         owner.wait()
+    until = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
         time.sleep(0.01)
     assert not Path(f"/proc/{pid}").exists()

@@ -21,7 +21,10 @@ from mycoswarmd.core.types import Principal, Start
 from tests.integration.apis import API_KEY, Answer, Running, local_user, running_api
 from tests.rosters import Key, key
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users")
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(os.geteuid() != 0, reason="acts as other users"),
+]
 
 # One letter for each kind of caller that enters: o the owner at the unix socket, u another user there,
 # k a program with an API key, n a node, s a node that signs, p a person at another machine, x nobody.

@@ -56,7 +56,7 @@ from mycoswarmd.wire.signing import (
 from tests.rosters import key
 from tests.unit.flow.test_swarm import machine
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 PROGRAM = [sys.executable, "-I", "-m", "mycoswarmd.daemon.signerunit"]
 STATEMENT = SIGNING_CONTEXT + b'{"kind":"admit"}'
 # What the signer of a TLS 1.3 server signs (RFC 8446, 4.4.3): with the key one could be a server in its name.
@@ -143,7 +143,7 @@ def place() -> Iterator[Path]:
 
 @contextmanager
 def unit(
-    top: Path, argv: list[str] | None = None, *, within_s: float = 10.0, retry_s: float = 0.0
+    top: Path, argv: list[str] | None = None, *, within_s: float = 60.0, retry_s: float = 0.0
 ) -> Iterator[tuple[UnitSigner, UnitManager]]:
     """Hold the node's side of a unit."""
     manager = UnitManager(top, argv or [*PROGRAM, "--state", str(top / "state")])
@@ -182,7 +182,7 @@ def program(state: Path) -> Iterator[tuple[Recorder, subprocess.Popen[bytes]]]:
     argv = [*PROGRAM, "--state", str(state)]
     with ours, subprocess.Popen(argv, stdin=its.fileno(), env={"LANG": "C.UTF-8"}) as process:
         its.close()
-        ours.settimeout(20)
+        ours.settimeout(60)
         try:
             yield Recorder(ours), process
         finally:
@@ -289,7 +289,7 @@ def test_the_journal_has_each_signature_before_the_node() -> None:
         argv = [*PROGRAM, "--state", str(top / "state")]
         with ours, its, subprocess.Popen(argv, stdin=its.fileno(), stderr=subprocess.PIPE) as process:
             its.close()
-            ours.settimeout(20)
+            ours.settimeout(60)
             node = Recorder(ours)
             public = bytes.fromhex(node.ask(encode_request(Request(Do.CREATE)))["done"]["public"])
             node.ask(encode_request(Request(Do.SIGN, statement(public))))
@@ -373,7 +373,7 @@ def test_a_line_without_an_end_is_not_read_for_ever() -> None:
     with place() as top, program(top / "state") as (node, process):
         with suppress(OSError):
             node._sock.sendall(b"x" * (4 << 20))
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_message_that_is_too_long_is_not_sent() -> None:
@@ -436,7 +436,7 @@ def test_a_signer_that_was_killed_or_is_idle_is_started_again() -> None:
             assert verify(public, node.sign(statement(public)), statement(public))
             assert len(manager.programs) == count
         node.close()
-        assert manager.programs[-1].wait(10) == 0  # the connection is its life
+        assert manager.programs[-1].wait(60) == 0  # the connection is its life
 
 
 def test_a_program_that_is_not_asked_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,13 +445,13 @@ def test_a_program_that_is_not_asked_ends(monkeypatch: pytest.MonkeyPatch) -> No
     with place() as top, ours, its:
         began_s = time.monotonic()
         signer_module.serve(its, top / "state", lambda: FileSigner(top / "state"), now_ms=lambda: 0)
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 30  # of the minute that it would wait otherwise
 
 
 def test_a_node_without_a_key_holds_no_program() -> None:
     with place() as top, unit(top) as (node, manager):
         assert node.public_key() is None
-        assert manager.programs[0].wait(10) == 0
+        assert manager.programs[0].wait(60) == 0
         for _ in range(100):
             assert node.public_key() is None
         assert len(manager.programs) == 1
@@ -479,18 +479,27 @@ def test_a_signer_that_goes_away_is_an_error_and_not_a_node_without_key() -> Non
 
 
 def test_a_silent_signer_holds_the_node_up_once_and_shortly() -> None:
-    with place() as top, unit(top, ["/bin/sleep", "60"], within_s=0.3, retry_s=60) as (node, manager):
+    took_s = [silent_signer_s() for _ in range(3)]  # a busy machine may hold up any of them
+    assert min(first_s for first_s, _ in took_s) < 2, took_s
+    assert min(more_s for _, more_s in took_s) < 0.2, took_s
+
+
+def silent_signer_s() -> tuple[float, float]:
+    """Return how long a silent signer is waited for at first, and then in fifty more calls."""
+    with place() as top, unit(top, ["/bin/sleep", "60"], within_s=0.3, retry_s=600) as (node, manager):
         began_s = time.monotonic()
         with pytest.raises(Unavailable, match=r"did not answer within 0\.3 s|timed out") as caught:
             node.public_key()
-        assert 0.25 < time.monotonic() - began_s < 2
+        first_s = time.monotonic() - began_s
+        assert first_s > 0.25
         assert caught.value.code == "signer-unreachable"
         began_s = time.monotonic()
         for _ in range(50):
             with pytest.raises(Unavailable, match="failed a moment ago"):
                 node.public_key()
-        assert time.monotonic() - began_s < 0.2
+        more_s = time.monotonic() - began_s
         assert len(manager.programs) == 1
+        return first_s, more_s
 
 
 SAYS = "exec 1>&0; read line; "
@@ -568,7 +577,7 @@ async def test_a_swarm_lives_with_a_signer_that_comes_and_goes(tmp_path: Path) -
     with place() as top:
         argv = [*PROGRAM, "--state", str(top / "state")]
         manager = UnitManager(top, argv)
-        node = UnitSigner(manager.path, clock=SystemClock(), retry_s=0)
+        node = UnitSigner(manager.path, clock=SystemClock(), within_s=60, retry_s=0)
         try:
             async with machine(tmp_path / "alpha") as one:
                 one.swarm._signer = node
@@ -609,7 +618,7 @@ def gated_unit() -> Iterator[tuple[UnitSigner, UnitManager, Path]]:
         go = top / "go"
         wait = f'until [ -e {go} ]; do sleep 0.02; done; exec "$@"'
         argv = ["/bin/sh", "-c", wait, "-", *PROGRAM, "--state", str(top / "state")]
-        with unit(top, argv, within_s=3) as (node, manager):
+        with unit(top, argv) as (node, manager):
             yield node, manager, go
 
 
@@ -667,7 +676,7 @@ async def test_a_node_whose_signer_has_not_answered_yet_goes_on_and_says_what_it
                     await one.admit(key("pi"), "pi")
             assert "within 0.3 s" in patient.problem or "timed out" in patient.problem
             assert len([row for row in caplog.records if "nothing is signed" in row.message]) == 1
-            late._within_s = 10
+            late._within_s = 60
             go.touch()
             await one.admit(key("pi"), "pi")
             assert patient.problem == ""
@@ -697,7 +706,7 @@ from mycoswarmd.trust.signer import UnitSigner
 verify(public_key(make_seed()), sign(make_seed(), b""), b"")
 if sys.argv[3] != "0":
     os.setgroups([]); os.setresgid(40002, 40002, 40002); os.setresuid(40002, 40002, 40002)
-node = UnitSigner(Path(sys.argv[1]), clock=SystemClock())
+node = UnitSigner(Path(sys.argv[1]), clock=SystemClock(), within_s=60)
 public = node.create()
 message = make_beacon_message(swarm="0" * 64, epoch=0, signer=public.hex(), n=1)
 said = {"signs": verify(public, node.sign(message), message)}
@@ -731,7 +740,7 @@ def test_the_nodes_user_gets_signatures_and_never_the_key() -> None:
 
             def run_as(uid: int) -> dict[str, Any]:
                 argv = [sys.executable, "-c", AS_NODE, str(manager.path), str(top / "state"), str(uid)]
-                ran = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+                ran = subprocess.run(argv, capture_output=True, text=True, timeout=120)
                 assert ran.returncode == 0, ran.stderr
                 said: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
                 return said
