@@ -110,12 +110,12 @@ async def hold(request: Body) -> object:
 
 
 async def ends(request: Body) -> object:
-    """Run Python that does not answer; return the code of the error with which it ends."""
-    async with cage(request) as session:
-        try:
+    """Run Python that does not answer; return the code of the error with which it, or its beginning, ends."""
+    try:
+        async with cage(request) as session:
             return {"result": await do(session, request["code"])}
-        except CageError as exc:
-            return {"code": exc.code}
+    except CageError as exc:
+        return {"code": exc.code}
 
 
 async def several(request: Body) -> object:

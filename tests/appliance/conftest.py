@@ -14,7 +14,7 @@ from tests.appliance.nodes import (
     boot_with_engine,
     build_deb,
     ctl,
-    ctl_json,
+    enroll,
     in_parallel,
     install,
     installed_layer,
@@ -120,7 +120,5 @@ def swarm(appliance_lab: Lab, images: Images) -> Swarm:
     in_parallel(*(lambda machine=machine: prepare(machine) for machine in made))
     ctl(made.one, "init", "--name", "home", "--yes-i-wrote-it-down")
     for newcomer in (made.two, made.three):
-        code = invite(made.one, newcomer.name)
-        joined = ctl_json(newcomer, "enroll", code)
-        assert joined, joined
+        enroll(newcomer, invite(made.one, newcomer.name))
     return made

@@ -38,10 +38,10 @@ def main() -> None:
             super().__init__(("127.0.0.1", port), handler)
 
     setattr(module, "ThreadingHTTPServer", OnPort)  # noqa: B010 - it is ours, and chooses a port by itself
-    ASKED.touch()
     with upstream() as book:
         book.bodies = _Bodies()
         _play(book)
+        ASKED.touch()  # whoever waits for it finds somebody who listens
         threading.Event().wait()
 
 

@@ -27,7 +27,9 @@ from pathlib import Path
 from tests.appliance.images import CACHE
 
 PREFIX = "mycoapp-"
-BOOT_S = 60.0
+BOOT_S = 120.0
+RUN_S = 120.0  # for a command; what hangs is found by it, and nothing else
+SOON_S = 60.0  # for what happens at once on a machine that is not busy
 # A default route leads here, to a host that keeps silent: the switch sees what a machine does not refuse.
 GATEWAY = "10.77.0.254"
 GATEWAY6 = "fd77::254"
@@ -88,17 +90,19 @@ class Shell(ABC):
         *argv: str,
         check: bool = True,
         stdin: str | bytes | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = RUN_S,
         user: str | None = None,
     ) -> Ran:
         """Run a command in the machine, as root or as this user."""
 
-    def sh(self, script: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None) -> Ran:
+    def sh(
+        self, script: str, *, check: bool = True, timeout_s: float = RUN_S, user: str | None = None
+    ) -> Ran:
         """Run a shell script in the machine."""
         return self.run("sh", "-euc", script, check=check, timeout_s=timeout_s, user=user)
 
     def python(
-        self, source: str, *, check: bool = True, timeout_s: float = 60, user: str | None = None
+        self, source: str, *, check: bool = True, timeout_s: float = RUN_S, user: str | None = None
     ) -> Ran:
         """Run Python source with the machine's own interpreter."""
         return self.run("python3", "-", stdin=source, check=check, timeout_s=timeout_s, user=user)
@@ -135,10 +139,11 @@ class Shell(ABC):
         return ports
 
     def journal(self, *filters: str) -> str:
-        """Return what the journal says, newest boot only."""
+        """Return what the journal says, newest boot only, with all that was sent to it until now."""
+        self.run("journalctl", "--sync", check=False)
         return self.run("journalctl", "--no-pager", "-b", "-o", "short-monotonic", *filters, check=False).out
 
-    def wait_until(self, script: str, *, within_s: float = 20) -> None:
+    def wait_until(self, script: str, *, within_s: float = SOON_S) -> None:
         """Wait until a shell condition holds on the machine."""
         waiting = f"while ! {{ {script}; }} >/dev/null 2>&1; do sleep 0.1; done"
         try:
@@ -294,7 +299,7 @@ class Machine(Shell):
         *argv: str,
         check: bool = True,
         stdin: str | bytes | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = RUN_S,
         user: str | None = None,
     ) -> Ran:
         """Run a command in the machine, as root or as this user."""
@@ -445,8 +450,8 @@ def lab() -> Iterator[Lab]:
         os.close(write_fd)
         for machine in opened.machines.values():
             machine.pull_plug()
-        janitor.wait(60)
-        Path(held.name).unlink()
+        janitor.wait(300)
+        Path(held.name).unlink(missing_ok=True)  # another session may have seen it before it was held
         held.close()
 
 
@@ -498,7 +503,7 @@ def _cgroup_roots() -> list[Path]:
 
 def kill_group(group: Path) -> None:
     """Kill every process of a cgroup2 subtree and wait until they are gone."""
-    give_up_s = time.monotonic() + 20
+    give_up_s = time.monotonic() + SOON_S
     while _is_populated(group):
         with suppress(FileNotFoundError):
             (group / "cgroup.kill").write_text("1")

@@ -26,7 +26,7 @@ class Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect; http.client calls it."""
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
         self.sock.connect("/run/mycoswarm/api.sock")
 
 

@@ -3,13 +3,15 @@
 import json
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.appliance.machines import CommandFailed, Lab, Machine, Ran, Shell
+from tests.appliance.images import BUILD_S
+from tests.appliance.machines import RUN_S, CommandFailed, Lab, Machine, Ran, Shell
 
 ROOT = Path(__file__).parents[2]
 ENGINE_PORT = 8000
@@ -24,7 +26,7 @@ FINAL = frozenset({"succeeded", "failed", "cancelled", "expired", "parked"})
 def build_deb(target: Path) -> Path:
     """Build the package from the working tree."""
     ran = subprocess.run(
-        [str(ROOT / "packaging/build-deb"), str(target)], capture_output=True, text=True, timeout=120
+        [str(ROOT / "packaging/build-deb"), str(target)], capture_output=True, text=True, timeout=BUILD_S
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return next(target.glob("mycoswarmd_*.deb"))
@@ -64,7 +66,7 @@ def installed_layer(lab: Lab, image: Path, deb: Path, *, suite: str) -> Path:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=BUILD_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return home / "disk"
@@ -73,7 +75,7 @@ def installed_layer(lab: Lab, image: Path, deb: Path, *, suite: str) -> Path:
 def apt(machine: Shell, *argv: str, check: bool = True) -> Ran:
     """Run apt-get on the machine."""
     options = ["-y", "-o", "Dpkg::Options::=--force-confold"]
-    return machine.run("apt-get", *options, *argv, check=check, timeout_s=180)
+    return machine.run("apt-get", *options, *argv, check=check, timeout_s=600)
 
 
 def install(machine: Shell, deb: Path) -> Ran:
@@ -83,13 +85,13 @@ def install(machine: Shell, deb: Path) -> Ran:
 
 
 def ctl(
-    machine: Shell, *argv: str, check: bool = True, user: str | None = None, timeout_s: float = 60
+    machine: Shell, *argv: str, check: bool = True, user: str | None = None, timeout_s: float = RUN_S
 ) -> Ran:
     """Run mycoswarmctl on the machine."""
     return machine.run("mycoswarmctl", *argv, check=check, user=user, timeout_s=timeout_s)
 
 
-def ctl_json(machine: Shell, *argv: str, user: str | None = None, timeout_s: float = 60) -> dict[str, Any]:
+def ctl_json(machine: Shell, *argv: str, user: str | None = None, timeout_s: float = RUN_S) -> dict[str, Any]:
     """Run mycoswarmctl with --json and return what it prints."""
     ran = ctl(machine, *argv, "--json", user=user, timeout_s=timeout_s)
     value = json.loads(ran.out)
@@ -97,7 +99,7 @@ def ctl_json(machine: Shell, *argv: str, user: str | None = None, timeout_s: flo
     return value
 
 
-def node_api(machine: Shell, *words: str, timeout_s: float = 60) -> Any:
+def node_api(machine: Shell, *words: str, timeout_s: float = RUN_S) -> Any:
     """Run node_api.py on the machine and return the JSON that it prints."""
     try:
         return json.loads(machine.run("python3", "-Ic", NODE_API, *words, timeout_s=timeout_s).out)
@@ -106,7 +108,7 @@ def node_api(machine: Shell, *words: str, timeout_s: float = 60) -> Any:
         raise CommandFailed(f"on {machine.name}: not within {timeout_s} s: {words}; {said}") from None
 
 
-def wait_ready(machine: Shell, *, within_s: float = 30) -> None:
+def wait_ready(machine: Shell, *, within_s: float = RUN_S) -> None:
     """Wait until the node answers."""
     node_api(machine, "get", "/api/status", timeout_s=within_s)
 
@@ -127,6 +129,40 @@ def boot_with_engine(machine: Machine) -> None:
     start_engine(machine)
     machine.run("systemctl", "restart", "mycoswarmd")
     wait_ready(machine)
+    wait_served(machine)
+
+
+def wait_served(machine: Shell, model: str = "ok") -> None:
+    """Wait until the node knows who serves a model; engines come up behind it."""
+    machine.wait_until(f"mycoswarmctl models | grep -q '^{model} '", within_s=RUN_S)
+
+
+def proved(machine: Shell, *units: str) -> dict[str, Any]:
+    """Return what the units have proved, once these were heard and none is in trouble.
+
+    The node asks them when it is asked, and has less patience with them than a busy machine may need.
+    """
+    give_up_s = time.monotonic() + RUN_S
+    while True:
+        said: dict[str, Any] = ctl_json(machine, "status", "--security")["security"]
+        missing = {*units} - {row["unit"] for row in said["proofs"]}
+        troubled = [row for row in said["unheard"] if row["problem"] != "has not run yet"]
+        if not missing and not troubled and said["cages"]["problem"] != "has not run yet":
+            return said
+        assert time.monotonic() < give_up_s, said
+        time.sleep(0.5)
+
+
+def enroll(machine: Shell, code: str) -> dict[str, Any]:
+    """Have a machine join by a code; it looks for a swarm for five seconds, here as often as it takes."""
+    give_up_s = time.monotonic() + RUN_S
+    while True:
+        ran = ctl(machine, "enroll", code, "--json", check=False)
+        said: dict[str, Any] = json.loads(ran.out)
+        if ran.code == 0:
+            return said
+        is_spent = said["error"]["code"] in {"invite-used", "invite-burnt"}
+        assert not is_spent and time.monotonic() < give_up_s, ran
 
 
 def restart_engine(machine: Shell, *, pause_s: float = 0.0) -> None:
@@ -175,14 +211,14 @@ def submit(machine: Shell, prompt: str, *argv: str) -> str:
     return ctl(machine, "submit", "--model", "agent", *argv, prompt).out.strip()
 
 
-def wait_task(machine: Shell, task_id: str, *states: str, within_s: float = 60) -> dict[str, Any]:
+def wait_task(machine: Shell, task_id: str, *states: str, within_s: float = RUN_S) -> dict[str, Any]:
     """Wait until a task is in one of these states, else until it has ended, and return it."""
     task = node_api(machine, "wait", ",".join(states or FINAL), task_id, timeout_s=within_s)[task_id]
     assert isinstance(task, dict)
     return task
 
 
-def wait_all_succeeded(machine: Shell, acknowledged: Sequence[str], *, within_s: float = 90) -> None:
+def wait_all_succeeded(machine: Shell, acknowledged: Sequence[str], *, within_s: float = 300) -> None:
     """Wait until every acknowledged task has ended: once, with success. The receipts are whole then."""
     node_api(machine, "wait", ",".join(FINAL), *acknowledged, timeout_s=within_s)
     steps = node_api(machine, "steps", *acknowledged)

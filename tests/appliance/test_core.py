@@ -7,9 +7,9 @@ import pytest
 
 from tests.appliance.images import SUITES
 from tests.appliance.machines import Machine
-from tests.appliance.nodes import ctl, ctl_json, wait_ready
+from tests.appliance.nodes import ctl, proved, wait_ready
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.parametrize("suite", SUITES)]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.parametrize("suite", SUITES)]
 Fresh = dict[str, tuple[Machine, str]]
 READY = "468f11ef4dbb436c82b5a5261acb99d9"
 RELOADED = "c38b7d21f6c34f6abb4c8aba5cb73df7"
@@ -24,10 +24,9 @@ def logged(machine: Machine, message_id: str) -> list[dict[str, Any]]:
 def test_every_unit_that_ran_has_proved_all_that_this_machine_can_show(fresh: Fresh, suite: str) -> None:
     machine, _ = fresh[suite]
     wait_ready(machine)
-    said = ctl_json(machine, "status", "--security")["security"]
+    said = proved(machine, "core", "lan", "signer")
     assert said["appliance"] is True
     units = {proof["unit"]: proof["checks"] for proof in said["proofs"]}
-    assert {"core", "lan", "signer"} <= set(units), said["unheard"]
     for unit, checks in units.items():
         weak = [one for one in checks if one["ok"] is not True and one["name"] != "memory"]
         assert not weak, (unit, weak)
@@ -39,6 +38,7 @@ def test_every_unit_that_ran_has_proved_all_that_this_machine_can_show(fresh: Fr
 def test_the_journal_has_events_with_their_ids_and_what_they_mean(fresh: Fresh, suite: str) -> None:
     machine, _ = fresh[suite]
     wait_ready(machine)
+    machine.wait_until(f"journalctl -o cat MESSAGE_ID={READY} | grep -q .")
     ready = logged(machine, READY)[-1]
     assert (ready["_SYSTEMD_UNIT"], ready["PRIORITY"]) == ("mycoswarmd.service", "6")
     assert "next: sudo mycoswarmctl init, or enroll" in ready["MESSAGE"]
@@ -70,7 +70,7 @@ def test_a_hung_node_is_started_anew(fresh: Fresh, suite: str) -> None:
     pid = machine.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out.strip()
     machine.run("kill", "-STOP", pid)
     machine.wait_until(
-        f'[ "$(systemctl show -P MainPID mycoswarmd)" != {pid} ] && mycoswarmctl status', within_s=90
+        f'[ "$(systemctl show -P MainPID mycoswarmd)" != {pid} ] && mycoswarmctl status', within_s=300
     )
 
 
@@ -85,21 +85,18 @@ def test_a_socket_of_an_outpost_that_is_made_anew_is_found(fresh: Fresh, suite: 
     assert after[0] == before[0]
     assert {*before[1:]}.isdisjoint(after[1:])
     machine.run("sleep", "2.1")  # so long a proof is fresh
-    said = ctl_json(machine, "status", "--security")["security"]
-    assert {"core", "lan", "signer"} <= {proof["unit"] for proof in said["proofs"]}
-    assert {"lan", "signer"}.isdisjoint(row["unit"] for row in said["unheard"])
+    proved(machine, "core", "lan", "signer")
 
 
 def test_with_a_network_of_its_own_it_does_not_start_and_says_why(fresh: Fresh, suite: str) -> None:
     machine, _ = fresh[suite]
     drop_in = "/run/systemd/system/mycoswarmd.service.d/open.conf"
     machine.sh(f"mkdir -p $(dirname {drop_in})")
-    machine.write(drop_in, "[Service]\nRestrictAddressFamilies=AF_UNIX AF_INET\nRestart=no\n")
+    machine.write(drop_in, "[Service]\nRestrictAddressFamilies=AF_UNIX AF_INET\n")
     try:
         machine.sh("systemctl daemon-reload; systemctl restart mycoswarmd", check=False)
         assert machine.run("systemctl", "is-active", "mycoswarmd", check=False).out != "active\n"
-        said = machine.journal("-u", "mycoswarmd", "-n", "20")
-        assert "(has-network)" in said
+        machine.wait_until("journalctl -b -u mycoswarmd -n 20 | grep -qF '(has-network)'")
     finally:
         machine.sh(f"rm {drop_in}; systemctl daemon-reload; systemctl restart mycoswarmd")
     wait_ready(machine)

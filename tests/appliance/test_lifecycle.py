@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 
 from mycoswarmd.daemon.journal import EVENTS
 from tests.appliance.conftest import Images
-from tests.appliance.images import SUITES
-from tests.appliance.machines import Lab, Machine
+from tests.appliance.images import BUILD_S, SUITES
+from tests.appliance.machines import Lab, Machine, Ran
 from tests.appliance.nodes import (
     ENGINE_TABLE,
     POLICY,
@@ -29,10 +28,11 @@ from tests.appliance.nodes import (
     start_engine,
     submit,
     wait_ready,
+    wait_served,
     wait_task,
 )
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.parametrize("suite", SUITES)]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.parametrize("suite", SUITES)]
 Fresh = dict[str, tuple[Machine, str]]
 NOTHING_IS_ALLOWED = """
 schema = 1
@@ -73,36 +73,34 @@ def test_reload_takes_a_new_policy_and_refuses_a_broken_one(fresh: Fresh, suite:
     wait_ready(machine)
     shipped = machine.run("cat", POLICY).out
     name = _policy_name(machine)
-    assert ctl(machine, "ask", "--model", "ok", "hello").code == 0
+    machine.wait_until("mycoswarmctl ask --model ok hello")
     pid = machine.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out
 
     machine.write(POLICY, NOTHING_IS_ALLOWED)
     machine.run("systemctl", "reload", "mycoswarmd")
-    machine.wait_until("mycoswarmctl policy show | grep -q shut", within_s=5)
+    machine.wait_until("mycoswarmctl policy show | grep -q shut")
     assert ctl(machine, "ask", "--model", "ok", "hello", check=False).code == 3
 
     machine.write(POLICY, HALF)
     reloaded = machine.run("systemctl", "reload", "mycoswarmd", check=False)
     assert (reloaded.code, "failed" in reloaded.err) == (1, True), reloaded
-    assert f"cannot use the policy: {POLICY}:" in machine.journal("-u", "mycoswarmd")
-    machine.wait_until("journalctl -b -u mycoswarmd | grep -qi policy", within_s=5)
-    machine.wait_until(
-        "mycoswarmctl status | grep -qi 'policy.*not\\|last good\\|broken\\|cannot'", within_s=5
-    )
+    machine.wait_until(f"journalctl -b -u mycoswarmd | grep -qF 'cannot use the policy: {POLICY}:'")
+    machine.wait_until("mycoswarmctl status | grep -qi 'policy.*not\\|last good\\|broken\\|cannot'")
     assert _policy_name(machine) == "shut"
     assert ctl(machine, "ask", "--model", "ok", "hello", check=False).code == 3
 
-    machine.write(POLICY, shipped, mode=0o666)
+    machine.write(f"{POLICY}.new", shipped, mode=0o666)
+    machine.run("mv", f"{POLICY}.new", POLICY)  # never there with another mode
     reloaded = machine.run("systemctl", "reload", "mycoswarmd", check=False)
     assert reloaded.code == 1, reloaded
-    assert "others than its owner may write it" in machine.journal("-u", "mycoswarmd")
+    machine.wait_until("journalctl -b -u mycoswarmd | grep -q 'others than its owner may write it'")
     assert _policy_name(machine) == "shut"
 
     settings = machine.run("cat", SETTINGS).out
     machine.write(SETTINGS, f"{settings}\na line that is none\n")  # which a reload does not read
     machine.write(POLICY, NOTHING_IS_ALLOWED.replace('"shut"', '"shut-again"'))
     machine.run("systemctl", "reload", "mycoswarmd")
-    machine.wait_until("mycoswarmctl policy show | grep -q 'shut-again'", within_s=5)
+    machine.wait_until("mycoswarmctl policy show | grep -q 'shut-again'")
     machine.write(POLICY, HALF)
     assert machine.run("systemctl", "reload", "mycoswarmd", check=False).code == 1
     assert _policy_name(machine) == "shut-again"
@@ -110,8 +108,8 @@ def test_reload_takes_a_new_policy_and_refuses_a_broken_one(fresh: Fresh, suite:
 
     machine.write(POLICY, shipped)
     machine.run("systemctl", "reload", "mycoswarmd")
-    machine.wait_until(f"mycoswarmctl policy show | grep -q '{name}'", within_s=5)
-    assert ctl(machine, "ask", "--model", "ok", "hello").code == 0
+    machine.wait_until(f"mycoswarmctl policy show | grep -q '{name}'")
+    machine.wait_until("mycoswarmctl ask --model ok hello")
     assert machine.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out == pid
 
 
@@ -157,7 +155,7 @@ def test_with_half_a_policy_at_boot_the_last_good_one_holds(fresh: Fresh, suite:
     assert _policy_name(machine) != "half"
     assert "cannot" in said or "last good" in said or "broken" in said, said
     machine.run("systemctl", "reload", "mycoswarmd")
-    machine.wait_until("mycoswarmctl policy check " + POLICY, within_s=5)
+    machine.wait_until("mycoswarmctl policy check " + POLICY)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +169,7 @@ def older(appliance_lab: Lab, images: Images) -> Older:
         return Older(repack(images.deb, version=OLDER_VERSION), is_old=False)
     subprocess.run(["tar", "-x", "-C", str(home)], input=packed.stdout, check=True)
     build = [str(home / "packaging/build-deb"), str(home / "deb")]
-    built = subprocess.run(build, capture_output=True, text=True, timeout=120)
+    built = subprocess.run(build, capture_output=True, text=True, timeout=BUILD_S)
     assert built.returncode == 0, built.stdout + built.stderr
     return Older(repack(next((home / "deb").glob("*.deb")), version=OLDER_VERSION), is_old=True)
 
@@ -211,7 +209,8 @@ def test_an_upgrade_from_an_older_build_keeps_the_state_the_edits_and_the_promis
     done = submit(machine, "before the upgrade")
     wait_task(machine, done)
     head = ctl_json(machine, "audit", "head")
-    restart_engine(machine, pause_s=120)  # nothing ends by itself while apt takes its time
+    restart_engine(machine, pause_s=3600)  # nothing ends by itself while apt takes its time
+    wait_served(machine)
     once = submit(machine, "in the middle, never twice", "--once")
     running = submit(machine, "in the middle")
     wait_task(machine, once, "running")
@@ -239,25 +238,39 @@ def test_an_upgrade_from_an_older_build_keeps_the_state_the_edits_and_the_promis
     assert machine.run("systemctl", "--failed", "--no-legend", check=False).out == ""
 
 
+def _asked_in_vain(machine: Machine, command: str, *, tries: int, user: str | None = None) -> Ran:
+    """Ask a node that cannot start, and hear so before it has tried so often again.
+
+    It does about every two seconds on a machine that is not busy; on one that is, once of five times will do.
+    """
+    count = ("systemctl", "show", "-P", "NRestarts", "mycoswarmd")
+    asked = 0
+    while True:
+        before = int(machine.run(*count).out)
+        ran = ctl(machine, command, check=False, user=user, timeout_s=300)
+        if int(machine.run(*count).out) < before + tries:
+            return ran
+        asked += 1
+        assert asked < 5, ran
+
+
 def _check_it_is_named_at_once(machine: Machine) -> None:
     """A node that cannot start: whoever asks hears so in about two seconds, and systemd says why."""
     for user in (None, "alice"):
-        asked_s = time.monotonic()
-        failed = ctl(machine, "status", check=False, user=user)
-        took_s = time.monotonic() - asked_s
-        assert failed.code == 4 and took_s < 5, (took_s, failed)  # two cores do a lot at once here
+        failed = _asked_in_vain(machine, "status", tries=4, user=user)
+        assert failed.code == 4, failed
         assert "does not start" in failed.err and SETTINGS in failed.err, failed
         assert "systemctl status mycoswarmd" in failed.err, failed
-    asked_s = time.monotonic()
-    looked = ctl(machine, "doctor", check=False)
-    assert looked.code == 1 and time.monotonic() - asked_s < 15, looked
+    looked = _asked_in_vain(machine, "doctor", tries=10)
+    assert looked.code == 1, looked
     assert "does not start" in looked.out and SETTINGS in looked.out, looked
     assert "systemctl restart" not in looked.out, looked  # which helps nothing here
-    machine.wait_until(f"systemctl status mycoswarmd | grep -q 'Status: .cannot.*{SETTINGS}'", within_s=10)
-    found = machine.run("journalctl", "-b", "-o", "json", f"MESSAGE_ID={EVENTS['cannot-run']}", "-n", "1").out
-    entry = json.loads(found)
+    machine.wait_until(f"systemctl status mycoswarmd | grep -q 'Status: .cannot.*{SETTINGS}'")
+    # Whose it is, the journal may not learn of a process that has ended; there is another every two seconds.
+    wanted = f"MESSAGE_ID={EVENTS['cannot-run']} _SYSTEMD_UNIT=mycoswarmd.service"
+    machine.wait_until(f"journalctl -b {wanted} | grep -qF {SETTINGS}")
+    entry = json.loads(machine.run("journalctl", "-b", "-o", "json", "-n", "1", *wanted.split()).out)
     assert SETTINGS in entry["MESSAGE"] and entry["PRIORITY"] == "3", entry
-    assert entry["_SYSTEMD_UNIT"] == "mycoswarmd.service"
 
 
 def _hold_the_engines_directory(machine: Machine) -> None:
@@ -276,7 +289,7 @@ def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images,
     assert ENGINES not in machine.run("cat", "/proc/self/mounts").out
     assert machine.run("sh", "-c", "command -v mycoswarmctl", check=False).code != 0
     assert machine.run("systemctl", "is-active", "mycoswarmd.socket", check=False).out != "active\n"
-    assert machine.run("pgrep", "-f", "mycoswarmd", check=False).out == ""
+    machine.wait_until("! pgrep -f '[m]ycoswarmd'")
     assert machine.path(STATE).is_dir() and list(machine.path(STATE).iterdir())
     machine.write("/root/again.deb", images.deb.read_bytes())
     machine.sh(f"cp {SETTINGS} /root/good.toml; echo 'a line that is none' >> {SETTINGS}")
@@ -286,7 +299,7 @@ def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images,
     assert "mycoswarmctl init" not in again.out
     _check_it_is_named_at_once(machine)
     machine.run("cp", "/root/good.toml", SETTINGS)
-    wait_ready(machine, within_s=10)  # by itself
+    wait_ready(machine)  # by itself
     assert "keeper" in ctl(machine, "keys", "list").out  # the state was taken up again
     models = "/var/lib/mycoswarm-engine/models"  # on a disk of its own, as gigabytes are
     machine.sh(f"mkdir -p /srv/films; echo kept > /srv/films/film; mount --bind /srv/films {models}")
@@ -295,16 +308,10 @@ def test_remove_keeps_the_state_and_purge_takes_it(fresh: Fresh, images: Images,
     said = purged.out + purged.err
     assert "roster" in said and "revoke" in said and "mounted" in said, said
     assert machine.run("cat", "/srv/films/film").out == "kept\n"
-    assert machine.run("find", "/run", "-maxdepth", "1", "-name", "mycoswarm*").out == ""
+    machine.wait_until("test -z \"$(find /run -maxdepth 1 -name 'mycoswarm*')\"")
     assert not machine.path(STATE).exists()
     machine.sh(f"umount {models}; rm -r /var/lib/mycoswarm-engine")
-    left = machine.sh(
-        "find / -xdev -name '*mycoswarm*' -not -path '/root/*' -not -path '/proc/*' 2>/dev/null; true"
-    ).out
-    left = "\n".join(
-        line
-        for line in left.splitlines()
-        if "/var/log/journal" not in line and "/var/lib/systemd" not in line
-    )
-    assert left == "", left
+    # systemd removes the unit's own /tmp a moment later.
+    left = "find / -xdev -name '*mycoswarm*' -not -path '/root/*' -not -path '/proc/*' 2>/dev/null"
+    machine.wait_until(f"! {left} | grep -v -e /var/log/journal -e /var/lib/systemd")
     assert machine.run("systemctl", "--failed", "--no-legend", check=False).out == ""

@@ -8,9 +8,17 @@ import pytest
 from mycoswarmd.daemon.journal import EVENTS
 from tests.appliance.conftest import Images
 from tests.appliance.machines import Lab, Machine
-from tests.appliance.nodes import boot_with_engine, ctl, restart_engine, submit, wait_ready, wait_task
+from tests.appliance.nodes import (
+    boot_with_engine,
+    ctl,
+    restart_engine,
+    submit,
+    wait_ready,
+    wait_served,
+    wait_task,
+)
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +31,20 @@ def node(appliance_lab: Lab, images: Images) -> Iterator[Machine]:
 
 
 def test_what_is_in_hand_when_the_node_is_told_to_stop_is_not_lost(node: Machine) -> None:
-    restart_engine(node, pause_s=60)  # nothing ends by itself
-    with node.start("mycoswarmctl", "ask", "--model", "slow", "a long answer") as asking:
+    restart_engine(node, pause_s=3600)  # nothing ends by itself
+    wait_served(node)
+    once = submit(node, "in hand, never twice", "--once")
+    tasks = [submit(node, f"in hand or in the queue {number}") for number in range(3)]
+    wait_task(node, once, "running")
+    with node.start("mycoswarmctl", "ask", "--model", "slow", "an answer of twenty seconds") as asking:
         assert asking.stdout is not None and asking.stdout.read(3) == b"w0 "
-        once = submit(node, "in hand, never twice", "--once")
-        tasks = [submit(node, f"in hand or in the queue {number}") for number in range(3)]
-        wait_task(node, once, "running")
-        node.sh("systemctl stop mycoswarmd.service", timeout_s=25)  # TimeoutStopSec= would be 30
-        out, _ = asking.communicate(timeout=10)
+        node.run("systemctl", "stop", "mycoswarmd.service")
+        out, _ = asking.communicate(timeout=60)
         assert asking.returncode == 4 and b"went away" in out, (asking.returncode, out[-500:])
     node.run("systemctl", "start", "mycoswarmd")
-    node.sh("systemctl restart mycoswarmd.service", timeout_s=25)
+    node.run("systemctl", "restart", "mycoswarmd.service")
     said = node.journal("-u", "mycoswarmd")
+    # Past TimeoutStopSec= it would have been killed.
     assert said.count("Deactivated successfully") >= 2 and "SIGKILL" not in said, said
     restart_engine(node)
     wait_ready(node)
@@ -45,6 +55,7 @@ def test_what_is_in_hand_when_the_node_is_told_to_stop_is_not_lost(node: Machine
 
 def test_the_journal_explains_what_it_has(node: Machine) -> None:
     node.run("systemctl", "restart", "mycoswarmd")
+    node.run("journalctl", "--sync")
     for event, text in (("stopping", "was told to stop"), ("ready", "has read its policy and its state")):
         wanted = ("-u", "mycoswarmd", f"MESSAGE_ID={EVENTS[event]}")
         said = node.run("journalctl", "-b", "-x", "-n", "1", *wanted)
@@ -64,13 +75,13 @@ def test_a_core_that_hangs_is_ended_and_comes_back(node: Machine) -> None:
 
     shipped = node.run("systemctl", "show", "-P", "WatchdogUSec", "mycoswarmd").out.strip()
     assert shipped == "30s"
-    pid = hang(3)
-    node.wait_until(f"test $(systemctl show -P MainPID mycoswarmd) != {pid}", within_s=20)
+    pid = hang(10)
+    node.wait_until(f"test $(systemctl show -P MainPID mycoswarmd) != {pid}", within_s=120)
     wait_ready(node)
     assert "Watchdog timeout" in node.journal("-u", "mycoswarmd")
     ctl(node, "audit", "verify")
     pid = hang(0)  # the control: nobody minds
-    time.sleep(5)
+    time.sleep(15)
     assert node.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out.strip() == pid
     node.sh(f"kill -CONT {pid}; rm {drop_in}; systemctl daemon-reload; systemctl restart mycoswarmd")
     wait_ready(node)

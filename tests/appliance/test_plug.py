@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.appliance.conftest import Images
-from tests.appliance.machines import Lab, Machine
+from tests.appliance.machines import SOON_S, Lab, Machine
 from tests.appliance.nodes import (
     NODE_API,
     SETTINGS,
@@ -24,7 +24,7 @@ from tests.appliance.nodes import (
     wait_ready,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 KILLED_FOR_S = 60
 BROKEN_FOR_S = 60
 # Connects, asks and goes, ten times a second.
@@ -41,10 +41,35 @@ while True:
         time.sleep(0.1)
 """
 _POUR = ("python3", "/opt/node_api.py", "pour")
+# Posts two tasks, and lets cages be built as soon as one has missed its own: it is tried five times only.
+_WITHOUT_CAGES = """
+import json, subprocess, sys, time
+sys.path.insert(0, "/opt")
+from node_api import call, insist
+subprocess.run(["systemctl", "stop", "mycoswarm-task.socket"], check=True)
+posted = []
+for prompt, is_repeatable in (("one", True), ("two", False)):  # the first may have the cage that was ready
+    body = {"prompt": prompt, "agent": "scribe", "model": "agent", "repeatable": is_repeatable}
+    posted.append(call("POST", "/api/tasks", body)["task"]["id"])
+while "cage-setup" not in json.dumps(insist("GET", f"/api/tasks/{posted[-1]}")):
+    time.sleep(0.05)
+subprocess.run(["systemctl", "start", "mycoswarm-task.socket"], check=True)
+print(*posted)
+"""
+# Waits until no task is left that was begun again: what is cut off five times is not tried a sixth time.
+_SETTLE = """
+import sys, time
+sys.path.insert(0, "/opt")
+from node_api import insist
+def is_left(task):
+    return task["attempt"] > 1 and task["state"] in {"queued", "running"}
+while any(map(is_left, insist("GET", "/api/tasks?limit=1000")["tasks"])):
+    time.sleep(0.1)
+"""
 _BROKEN = "this is [[ no settings file"
-# What systemd does by itself where a unit does not say otherwise.
+# What systemd does by itself where a unit does not say otherwise, with time enough for a slow machine.
 _ITS_LIMITS = {
-    "mycoswarmd.service": "[Unit]\nStartLimitIntervalSec=20\nStartLimitBurst=3\n",
+    "mycoswarmd.service": "[Unit]\nStartLimitIntervalSec=300\nStartLimitBurst=3\n",
     "mycoswarmd.socket": "[Socket]\nTriggerLimitIntervalSec=2\nTriggerLimitBurst=20\n",
 }
 
@@ -86,47 +111,52 @@ def _break(machine: Machine) -> None:
     assert machine.run("systemctl", "restart", "mycoswarmd", check=False).code != 0
 
 
-def _acknowledged(out: bytes) -> list[str]:
-    lines = out.decode().splitlines()
+def _acknowledged(out: str) -> list[str]:
+    lines = out.splitlines()
     assert not any(line.startswith("refused") for line in lines), lines[-3:]
     return [line for line in lines if line.startswith("t-")]
 
 
 @pytest.mark.usefixtures("hammered")  # its minute is the same one
 def test_the_core_killed_every_second_for_a_minute_loses_no_task(node: Machine) -> None:
-    kills = 0
-    with node.start(*_POUR) as poster:
+    kills = restarts = 0
+    acknowledged: list[str] = []
+    with node.start("sh", "-c", f"exec {' '.join(_POUR)} >/opt/poured 2>&1") as poster:
         until_s = time.monotonic() + KILLED_FOR_S
-        while time.monotonic() < until_s:
+        # A slow machine needs longer than that for so many.
+        while time.monotonic() < until_s or min(kills, restarts, 2 * len(acknowledged)) < 20:
             time.sleep(1)
             if kills % 4 == 3:  # now and then it gets so far that it can promise something
                 wait_ready(node)
+                acknowledged = _acknowledged(node.run("cat", "/opt/poured").out)
+                node.python(_SETTLE, timeout_s=600)
                 time.sleep(1)
+                restarts = int(node.run("systemctl", "show", "-P", "NRestarts", "mycoswarmd").out)
             ran = node.run("systemctl", "kill", "--signal=KILL", "mycoswarmd.service", check=False)
             kills += ran.code == 0
         node.run("pkill", "-f", " ".join(_POUR))
-        out, _ = poster.communicate(timeout=20)
-    acknowledged = _acknowledged(out)
+        poster.wait(60)
     wait_ready(node)
-    restarts = int(node.run("systemctl", "show", "-P", "NRestarts", "mycoswarmd").out)
-    assert kills >= 20 and restarts >= 20 and len(acknowledged) >= 10, (kills, restarts, len(acknowledged))
-    wait_all_succeeded(node, acknowledged)
+    wait_all_succeeded(node, _acknowledged(node.run("cat", "/opt/poured").out), within_s=900)
 
 
 def test_a_core_that_could_not_start_for_a_minute_is_back_in_seconds(hammered: Hammered) -> None:
     machine = hammered.machine
     time.sleep(max(0.0, hammered.since_s + BROKEN_FOR_S - time.monotonic()))
-    assert int(machine.run("systemctl", "show", "-P", "NRestarts", "mycoswarmd").out) >= 10
+    count = "systemctl show -P NRestarts mycoswarmd"
+    machine.wait_until(f"test $({count}) -ge 10", within_s=300)
     assert machine.run("systemctl", "is-active", "mycoswarmd.socket").out == "active\n"
-    machine.run("cp", "/root/good.toml", SETTINGS)
-    wait_ready(machine, within_s=10)
+    before = int(machine.sh(f"cp /root/good.toml {SETTINGS}; {count}").out)
+    wait_ready(machine, within_s=SOON_S)
+    # One try may have been under way; the one after it, a second later, was good.
+    assert int(machine.sh(count).out) <= before + 2
 
     # The control: with systemd's own limits it is out of order for ever, mended or not.
     for unit, text in _ITS_LIMITS.items():
         machine.write(f"/etc/systemd/system/{unit}.d/limits.conf", text)
     machine.run("systemctl", "daemon-reload")
     _break(machine)
-    machine.wait_until("systemctl is-failed mycoswarmd.socket", within_s=30)
+    machine.wait_until("systemctl is-failed mycoswarmd.socket", within_s=300)
     machine.run("cp", "/root/good.toml", SETTINGS)
     time.sleep(3)
     assert ctl(machine, "status", check=False).code == 4
@@ -134,21 +164,17 @@ def test_a_core_that_could_not_start_for_a_minute_is_back_in_seconds(hammered: H
 
 
 def test_a_task_waits_for_its_cage(node: Machine) -> None:
-    node.run("systemctl", "stop", "mycoswarm-task.socket")
-    # The first may have the cage that was ready.
-    submit = ("submit", "--agent", "scribe", "--model", "agent")
-    posted = [ctl(node, *submit, *words).out.strip() for words in (["one"], ["--once", "two"])]
-    node.wait_until(f"mycoswarmctl task {posted[-1]} --json | grep -q cage-setup")
-    node.run("systemctl", "start", "mycoswarm-task.socket")
-    wait_all_succeeded(node, posted)
+    wait_all_succeeded(node, node.python(_WITHOUT_CAGES).out.split())
 
 
 def test_a_pulled_plug_loses_no_task(node: Machine) -> None:
     with node.start(*_POUR) as poster:
+        assert poster.stdout is not None
         time.sleep(4)
+        said = [poster.stdout.readline() for _ in range(4)]
         node.pull_plug()
-        out, _ = poster.communicate(timeout=20)
-    acknowledged = _acknowledged(out)
+        said.append(poster.stdout.read())
+    acknowledged = _acknowledged(b"".join(said).decode())
     assert len(acknowledged) >= 3, acknowledged
     node.plug_in()
     node.wait_booted()

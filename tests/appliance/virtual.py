@@ -334,7 +334,7 @@ class VirtualMachine(Shell):
         *argv: str,
         check: bool = True,
         stdin: str | bytes | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = machines.RUN_S,
         user: str | None = None,
     ) -> Ran:
         """Run a command in the machine, as root or as this user."""
