@@ -87,7 +87,7 @@ class Node:
             yield self
         finally:
             self.near.close()
-            thread.join(20)
+            thread.join(60)
             self.far.close()
             assert not thread.is_alive()
 

@@ -220,7 +220,7 @@ def test_cancel_instead_of_an_answer(root: int, tmp_path: Path) -> None:
 
 
 def test_cancel_while_a_program_runs_kills_it(root: int, tmp_path: Path) -> None:
-    node = Node(script([("run", {"program": "sleep", "args": ["60"]})]))
+    node = Node(script([("run", {"program": "sleep", "args": ["600"]})]))
     timers: list[threading.Timer] = []
 
     def later(_: Frame) -> None:
@@ -231,7 +231,7 @@ def test_cancel_while_a_program_runs_kills_it(root: int, tmp_path: Path) -> None
     started = time.monotonic()
     with node.serving(), pytest.raises(Cancelled):
         loop(node, root, tmp_path, job()).run()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     timers[0].join()
 
 

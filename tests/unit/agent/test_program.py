@@ -19,7 +19,7 @@ def run(
     tmp_path: Path,
     *argv: str,
     stdin: str = "",
-    wall_s: float = 20,
+    wall_s: float = 60,
     on_watch: Callable[[], None] = lambda: None,
     signal_now: bool = False,
 ) -> Outcome:
@@ -91,24 +91,27 @@ def test_the_environment_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_program_that_runs_too_long_is_killed_with_its_group(tmp_path: Path) -> None:
     code = (
-        "import subprocess, time\n"
-        "p = subprocess.Popen(['/bin/sleep', '60'])\nopen('pid', 'w').write(str(p.pid))\ntime.sleep(60)"
+        "import os, subprocess, time\np = subprocess.Popen(['/bin/sleep', '600'])\n"
+        "open('new', 'w').write(str(p.pid)); os.rename('new', 'pid')\ntime.sleep(600)"
     )
     started = time.monotonic()
-    outcome = python(tmp_path, code, wall_s=1.5)
-    assert time.monotonic() - started < 15
-    assert not outcome.ok and outcome.text.endswith("[killed: it ran longer than 1.5 s]")
+    for wall_s in (1.5, 6, 24):  # longer where the machine was so slow that it had not begun
+        outcome = python(tmp_path, code, wall_s=wall_s)
+        assert not outcome.ok and outcome.text.endswith(f"[killed: it ran longer than {wall_s:g} s]")
+        if (tmp_path / "pid").exists():
+            break
+    assert time.monotonic() - started < 60
     wait_gone(int((tmp_path / "pid").read_text()))
 
 
 def test_a_background_child_holds_nobody_up(tmp_path: Path) -> None:
     code = (
-        "import subprocess; p = subprocess.Popen(['/bin/sleep', '60'])\n"
+        "import subprocess; p = subprocess.Popen(['/bin/sleep', '600'])\n"
         "open('pid', 'w').write(str(p.pid)); print('done')"
     )
     started = time.monotonic()
     assert python(tmp_path, code).text.startswith("done\n")
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     wait_gone(int((tmp_path / "pid").read_text()))
 
 
@@ -121,8 +124,8 @@ def test_a_cancel_during_the_run_kills_and_goes_through(tmp_path: Path) -> None:
 
     started = time.monotonic()
     with pytest.raises(Stop):
-        run(tmp_path, "/bin/sleep", "60", on_watch=stop, signal_now=True)
-    assert time.monotonic() - started < 15
+        run(tmp_path, "/bin/sleep", "600", on_watch=stop, signal_now=True)
+    assert time.monotonic() - started < 60
 
 
 def test_sweep_refuses_outside_a_process_namespace() -> None:
@@ -157,7 +160,7 @@ def test_the_bench_says_what_is_allowed(root: int, tmp_path: Path) -> None:
 
 def wait_gone(pid: int) -> None:
     """Wait until a killed process is gone or only waits for its parent."""
-    for _ in range(200):
+    for _ in range(1200):
         try:
             if "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
                 return

@@ -12,7 +12,7 @@ def reaches(sock: socket.socket, host: str) -> bool:
     """Tell whether a connection to this address arrives."""
     sock.listen()
     try:
-        with socket.create_connection((host, sock.getsockname()[1]), timeout=2):
+        with socket.create_connection((host, sock.getsockname()[1]), timeout=60):
             return True
     except OSError:
         return False

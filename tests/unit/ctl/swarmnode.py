@@ -270,7 +270,7 @@ class SwarmNode(FakeNode):
             def setup(self) -> None:
                 with node.lock:  # Tls is for one thread
                     node.connections += 1
-                    self.request.settimeout(5)
+                    self.request.settimeout(60)
                     self.request = context.wrap_socket(self.request, server_side=True)
                 super().setup()
 

@@ -322,7 +322,7 @@ def test_while_a_person_decides_the_six_words_are_shown(
     def slow(asked: Asked) -> Reply:
         del asked
         with newcomer.changed:
-            assert newcomer.changed.wait_for(lambda: newcomer.paths().count("GET /api/swarm") == 2, 5)
+            assert newcomer.changed.wait_for(lambda: newcomer.paths().count("GET /api/swarm") == 2, 60)
         return answer(JOINED)
 
     def told(asked: Asked) -> Reply:

@@ -46,6 +46,8 @@ def quiet_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is announced, unless a test says so; root's socket is looked for where no daemon is."""
     monkeypatch.setattr(finding, "announced", lambda listen_s=3: iter(()))
     monkeypatch.setattr("mycoswarmd.ctl.joining._AGAIN_S", 0.001)
+    for limit in ("joining._STEP_S", "tlshttp._CONNECT_S", "tlshttp._SHORT_S"):
+        monkeypatch.setattr(f"mycoswarmd.ctl.{limit}", 60.0)
     monkeypatch.setattr("mycoswarmd.ctl.place._runtime_dir", lambda: Path("/nonexistent"))
     for name in ("MYCOSWARM_NODE", "MYCOSWARM_SOCKET"):
         monkeypatch.delenv(name, raising=False)

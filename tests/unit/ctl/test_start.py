@@ -218,7 +218,7 @@ def test_ctrl_c_is_quiet_and_exits_130(node: FakeNode) -> None:
     ended = threading.Event()
 
     def hang(asked: Asked) -> Reply:
-        ended.wait(10)
+        ended.wait(60)
         return Reply()
 
     node.on("POST", "/v1/chat/completions", hang)
@@ -235,9 +235,9 @@ def test_ctrl_c_is_quiet_and_exits_130(node: FakeNode) -> None:
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         with node.changed:
-            assert node.changed.wait_for(lambda: bool(node.asked), 10)
+            assert node.changed.wait_for(lambda: bool(node.asked), 60)
         process.send_signal(signal.SIGINT)
-        out, said = process.communicate(timeout=10)
+        out, said = process.communicate(timeout=60)
     ended.set()
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in said

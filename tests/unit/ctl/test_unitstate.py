@@ -1,8 +1,8 @@
 """What the client makes of what systemd says, by the words of a systemctl that a test writes."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,15 +11,18 @@ from mycoswarmd.errors import Unreachable
 
 Says = Callable[..., None]
 ERROR = "cannot use settings in /etc/mycoswarm/mycoswarm.toml: 'x' is not a setting (config-invalid)"
+NOW_S = 100_000.0
 IN_BETWEEN = {"ActiveState": "activating", "SubState": "auto-restart"}
 
 
 @pytest.fixture
 def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
     """Put the service in a state; how long ago it was active last is `gone_s`, None for never."""
+    monkeypatch.setattr(unitstate, "time", SimpleNamespace(monotonic=lambda: NOW_S))
+    monkeypatch.setattr(unitstate, "_ANSWER_S", 60)
 
     def write(gone_s: float | None = None, **state: str) -> None:
-        active_us = 0 if gone_s is None else int((time.monotonic() - gone_s) * 1e6)
+        active_us = 0 if gone_s is None else int((NOW_S - gone_s) * 1e6)
         state = {"LoadState": "loaded", "ActiveExitTimestampMonotonic": str(active_us)} | state
         lines = "\n".join(f"{name}={value}" for name, value in state.items())
         for program, said in (("systemctl", lines), ("journalctl", "the end of the log")):

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mycoswarmd.engines.openai_http import OpenAIEngine
@@ -13,8 +14,10 @@ from mycoswarmd.wire.openai import parse_chat
 from mycoswarmd.wire.prompt import Delta, Prompt, Via
 from tests.permits import permit_for
 
-# Short enough to wait for in a test, long enough for a slow machine.
-QUICK = Patience(connect_s=2.0, first_byte_s=0.8, idle_s=0.8, answer_s=0.8, probe_s=2.0)
+# Whatever comes is waited for.
+PATIENT = Patience(connect_s=60, first_byte_s=60, idle_s=60, answer_s=60, probe_s=60)
+# An answer that never comes is waited for in a test.
+QUICK = replace(PATIENT, first_byte_s=0.8, idle_s=0.8, answer_s=0.8)
 E = TypeVar("E", bound=OpenAIEngine)
 
 
@@ -31,7 +34,7 @@ async def running(engine: E) -> AsyncIterator[E]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.002)
 

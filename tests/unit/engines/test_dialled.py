@@ -22,7 +22,7 @@ from mycoswarmd.wire.prompt import TextDelta
 from tests.fakes import FakeServer, Turn, serving
 from tests.integration.neighbours import address_of
 from tests.permits import permit_for
-from tests.unit.engines.running import QUICK, chat, deltas_of, running
+from tests.unit.engines.running import PATIENT, chat, deltas_of, running, until
 from tests.unit.engines.test_peerhttp import ANNA, AROUND, BERT, MALLORY, Book, bert, echo, server_tls
 
 
@@ -69,7 +69,7 @@ async def test_an_engine_is_asked_over_dialled_connections() -> None:
     dial = Scribe()
     async with (
         engine_server() as fake,
-        running(OpenAIEngine("e", fake.address, patience=QUICK, dial=dial)) as one,
+        running(OpenAIEngine("e", fake.address, patience=PATIENT, dial=dial)) as one,
     ):
         answer = await one.complete(permit_for("small"), chat())
         assert answer.text == "Hello"
@@ -78,17 +78,16 @@ async def test_an_engine_is_asked_over_dialled_connections() -> None:
         assert set(dial.asked) == {("127.0.0.1", port)}
         assert len(dial.asked) == fake.connections  # there are no others
         assert len(dial.asked) < len(fake.turns)  # and they are used again
-        assert dial.within_s == {QUICK.connect_s}
+        assert dial.within_s == {PATIENT.connect_s}
 
 
 async def test_connections_end_with_the_engine() -> None:
     dial = Scribe()
     async with engine_server() as fake:
-        async with running(OpenAIEngine("e", fake.address, patience=QUICK, dial=dial)) as one:
+        async with running(OpenAIEngine("e", fake.address, patience=PATIENT, dial=dial)) as one:
             await one.complete(permit_for("small"), chat())
             assert [sock.fileno() >= 0 for sock in dial.made] == [True] * len(dial.made)
-        await asyncio.sleep(0)
-        assert {sock.fileno() for sock in dial.made} == {-1}
+        await until(lambda: {sock.fileno() for sock in dial.made} == {-1})
 
 
 @pytest.mark.parametrize("is_ollama", [False, True])
@@ -121,7 +120,7 @@ async def test_a_unix_socket_needs_no_dialer(tmp_path: Path) -> None:
     path = tmp_path / "e.sock"
     async with (
         serving({"/v1/models": models, "/v1/chat/completions": words}, socket=path),
-        running(OpenAIEngine("e", f"unix:{path}", patience=QUICK, dial=dial)) as one,
+        running(OpenAIEngine("e", f"unix:{path}", patience=PATIENT, dial=dial)) as one,
     ):
         assert (await one.complete(permit_for("small"), chat())).text == "Hello"
     assert dial.asked == []
@@ -204,7 +203,7 @@ async def test_a_stranger_is_met_over_a_dialled_connection() -> None:
 @asynccontextmanager
 async def session_to(port: int) -> AsyncIterator[tuple[aiohttp.ClientSession, Scribe]]:
     dial = Scribe()
-    connector = DialledConnector(dial, "127.0.0.1", port, limit=4, keepalive_timeout=5)
+    connector = DialledConnector(dial, "127.0.0.1", port, limit=4, keepalive_timeout=60)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as one:
         yield one, dial
 
@@ -232,13 +231,13 @@ async def test_tls_with_whoever_the_machine_trusts_is_refused() -> None:
 
 
 async def test_who_stops_waiting_in_a_handshake_leaves_nothing_open() -> None:
-    async with asyncio.timeout(5):
-        listener = socket.create_server(("127.0.0.1", 0))
-        with listener:
-            async with session_to(listener.getsockname()[1]) as (session, dial):
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.2):
-                        await session.get("https://x.internal/", ssl=context)
-                await asyncio.sleep(0)
-                assert [sock.fileno() for sock in dial.made] == [-1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with session_to(listener.getsockname()[1]) as (session, dial):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            waiting = asyncio.create_task(session.get("https://x.internal/", ssl=context))
+            await until(lambda: dial.made)
+            await asyncio.sleep(0.2)  # in which nobody answers
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            await until(lambda: [sock.fileno() for sock in dial.made] == [-1])

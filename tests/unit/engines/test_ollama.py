@@ -10,7 +10,7 @@ from mycoswarmd.errors import EngineError, LocalProtocolError, NotFound
 from mycoswarmd.wire.prompt import PromptKind
 from tests.fakes import FakeServer, Turn, ollama_scripts, serving
 from tests.permits import permit_for
-from tests.unit.engines.running import QUICK, chat, deltas_of, running
+from tests.unit.engines.running import PATIENT, chat, deltas_of, running
 
 CHAT = "/v1/chat/completions"
 LOCAL = {"name": "llama3:8b", "digest": "d1", "size": 5}
@@ -18,7 +18,7 @@ LOCAL = {"name": "llama3:8b", "digest": "d1", "size": 5}
 
 def engine_for(fake: FakeServer, *, refresh_s: float = 30) -> OllamaEngine:
     return OllamaEngine(
-        "o", fake.address, lambda: {"ollama.example": "bigcloud"}, patience=QUICK, refresh_s=refresh_s
+        "o", fake.address, lambda: {"ollama.example": "bigcloud"}, patience=PATIENT, refresh_s=refresh_s
     )
 
 

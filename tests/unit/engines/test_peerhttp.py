@@ -264,7 +264,9 @@ async def test_an_answer_is_bounded_in_time() -> None:
         await turn.server.left.wait()
 
     for script in (silent, half):
-        async with bert(script) as fake, client(address_of(fake)) as one:
+        scripts: dict[str, Script] = {"/swarm/sync": echo, "/swarm/word": script}
+        async with serving(scripts, tls=server_tls(BERT, ANNA)) as fake, client(address_of(fake)) as one:
+            await one.ask("POST", "/swarm/sync", {})  # so that making a connection takes none of the time
             with pytest.raises(Unavailable) as caught:
                 await one.ask("GET", "/swarm/word", within_s=0.3)
             assert caught.value.code == "peer-unreachable"
@@ -398,16 +400,20 @@ async def test_words_and_heartbeats_come_as_they_are_said() -> None:
             assert first is not None and first.running == 1
         await fake.left.wait()
 
-    async def slowly(turn: Turn) -> None:
+    heard: list[int | None] = []
+
+    async def one_by_one(turn: Turn) -> None:
         await turn.begin("application/x-ndjson")
-        for piece in (b"\n", encode_word(word(running=2)) + b"\n", b"\n"):
+        for count, piece in enumerate((b"\n", encode_word(word(running=2)) + b"\n", b"\n"), 1):
             await turn.piece(piece)
-            await asyncio.sleep(0.2)
+            while len(heard) < count:
+                await asyncio.sleep(0.01)
         await turn.end()
 
-    async with bert(slowly) as fake, client(address_of(fake)) as one:
+    async with bert(one_by_one) as fake, client(address_of(fake)) as one:
         async with aclosing(one.watch()) as words:
-            heard = [None if one is None else one.running async for one in words]
+            async for said in words:
+                heard.append(None if said is None else said.running)  # noqa: PERF401 - it is looked at meanwhile
         assert heard == [None, 2, None]
 
 
@@ -448,10 +454,10 @@ async def test_a_bad_word_ends_the_watch(piece: bytes) -> None:
 
 
 async def test_silence_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peerhttp, "SILENT_S", 0.3)
     script = watching(encode_word(word()) + b"\n")
     async with bert(script) as fake, client(address_of(fake)) as one, aclosing(one.watch()) as words:
         assert await anext(words) is not None
+        monkeypatch.setattr(peerhttp, "SILENT_S", 0.3)
         with pytest.raises(Unavailable) as caught:
             await anext(words)
         assert caught.value.code == "peer-unreachable"
@@ -469,6 +475,13 @@ async def test_a_refused_watch_says_why() -> None:
 
 
 async def test_cut_ends_everything_at_once() -> None:
+    # A machine that stops for a while does not each time.
+    assert min([await _cut_s() for _ in range(3)]) < 1
+
+
+async def _cut_s() -> float:
+    """Cut a client off in the middle of everything, and return how long it took to end."""
+
     async def silent(turn: Turn) -> None:
         await turn.server.left.wait()
 
@@ -493,8 +506,9 @@ async def test_cut_ends_everything_at_once() -> None:
             one.cut()
             assert await asking == "peer-unreachable"
             assert [said async for said in words] == []
-            assert asyncio.get_running_loop().time() - begun_s < 1
+            took_s = asyncio.get_running_loop().time() - begun_s
         assert fake.connections == 2
+    return took_s
 
 
 # --- strangers -----------------------------------------------------------------------------------

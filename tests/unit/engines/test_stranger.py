@@ -17,7 +17,7 @@ from mycoswarmd.engines.upstream import USURPED, Upstream
 from mycoswarmd.errors import Unavailable
 from mycoswarmd.wire.prompt import TextDelta
 from tests.fakes import Turn, serving
-from tests.unit.engines.running import QUICK, chat
+from tests.unit.engines.running import PATIENT, chat
 
 # What a taken-over engine does: another unit's socket goes, its own is there, and it answers and keeps all.
 STRANGER = """
@@ -66,7 +66,7 @@ def path() -> Iterator[Path]:
 @asynccontextmanager
 async def upstream(path: Path, listener_pid: int | None) -> AsyncIterator[Upstream]:
     address = Address(base_url="http://engine", socket_path=str(path))
-    one = Upstream("embedded", address, patience=QUICK, listener_pid=listener_pid)
+    one = Upstream("embedded", address, patience=PATIENT, listener_pid=listener_pid)
     async with one.opened():
         yield one
 
@@ -121,7 +121,7 @@ async def test_a_link_to_another_socket_of_the_node_is_sent_nothing(path: Path, 
         async with upstream(path, 1 if is_looked_at else None) as one:
             with pytest.raises(Exception) as caught:  # noqa: PT011 - what it is depends
                 await ask(one)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 first = await heard.get()
     if is_looked_at:
         assert isinstance(caught.value, Unavailable)

@@ -108,7 +108,7 @@ class RealNode:
     def words(self) -> dict[str, Word]:
         return {one.member.id: one.word for one in self.fleet.states() if one.word is not None}
 
-    async def until(self, holds: Callable[[], bool], *, within_s: float = 8.0) -> None:
+    async def until(self, holds: Callable[[], bool], *, within_s: float = 60.0) -> None:
         """Wait until something holds, looking again at each change of fleet or roster."""
         news = asyncio.Event()
         ends = [self.fleet.subscribe(news.set), self.swarm.subscribe(news.set)]

@@ -68,7 +68,7 @@ class Hall:
         return [PeerAddress("10.0.0.1", ord(node_id[0])), PeerAddress("10.0.0.2", ord(node_id[0]))]
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not holds():
                 await asyncio.sleep(0.002)
 

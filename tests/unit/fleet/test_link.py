@@ -91,7 +91,7 @@ async def test_silence_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     began_s = loop.time()
     states, why, is_closed = await _seen(tmp_path)
     assert states == [Reach.UNKNOWN, Reach.CONNECTING, Reach.READY, Reach.UNREACHABLE]
-    assert "silent" in why and 0.5 <= loop.time() - began_s < 5.0
+    assert "silent for 0.5 s" in why and loop.time() - began_s >= 0.5
     assert is_closed
 
 

@@ -89,14 +89,14 @@ async def test_a_false_yes_is_found_out(lie: str, things: Things, tmp_path: Path
     async with false_dialer(tmp_path, packet, *given) as path:
         before = open_here()
         with pytest.raises(OSError, match="cannot be used") as caught:
-            await LanDialer(path).connect("127.0.0.1", things.port, 5)
+            await LanDialer(path).connect("127.0.0.1", things.port, 60)
         assert caught.value.errno == errno.EPROTO
         assert open_here() == before
 
 
 async def test_a_true_yes_is_taken(things: Things, tmp_path: Path) -> None:
     async with false_dialer(tmp_path, YES, things.right()) as path:
-        with await LanDialer(path).connect("127.0.0.1", things.port, 5) as sock:
+        with await LanDialer(path).connect("127.0.0.1", things.port, 60) as sock:
             assert sock.getpeername() == ("127.0.0.1", things.port)
             assert not sock.get_inheritable()
 
@@ -106,7 +106,7 @@ async def test_a_no_with_a_descriptor_is_a_no(things: Things, tmp_path: Path) ->
     async with false_dialer(tmp_path, packet, things.right(), things.pipe()) as path:
         before = open_here()
         with pytest.raises(ConnectionRefusedError, match="nobody there"):
-            await LanDialer(path).connect("127.0.0.1", things.port, 5)
+            await LanDialer(path).connect("127.0.0.1", things.port, 60)
         assert open_here() == before
 
 
@@ -131,7 +131,11 @@ async def test_every_no_is_an_error_that_one_knows(
 
 
 async def test_who_never_answers_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
-    path = tmp_path / "mute.sock"
+    # A machine that stops for a while does not each time.
+    assert min([await _waited_s(tmp_path / f"mute{number}.sock") for number in range(3)]) < 3
+
+
+async def _waited_s(path: Path) -> float:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as mute:
         mute.bind(str(path))
         mute.listen(0)
@@ -142,9 +146,10 @@ async def test_who_never_answers_is_waited_for_no_longer_than_said(tmp_path: Pat
             # One is in the queue and one beside it; for the others there is no room, which asyncio's own
             # connect would take for a yes.
             ended = [group.create_task(_ends(lan)) for _ in range(5)]
-        assert asyncio.get_running_loop().time() - begun_s < 3
+        took_s = asyncio.get_running_loop().time() - begun_s
         assert all(isinstance(one.result(), TimeoutError) for one in ended)
         assert open_here() == before
+    return took_s
 
 
 async def _ends(lan: LanDialer) -> OSError:
@@ -159,9 +164,9 @@ async def test_what_cannot_be_said_is_not(tmp_path: Path) -> None:
     async with false_dialer(tmp_path, encode_answer(Failed(Code.DENIED))) as path:
         lan = LanDialer(path)
         with pytest.raises(PermissionError):
-            await lan.connect("\ud800", 7437, 5)
+            await lan.connect("\ud800", 7437, 60)
         with pytest.raises(OSError, match="cannot write a packet of") as caught:
-            await lan.connect("x" * 5000, 7437, 5)
+            await lan.connect("x" * 5000, 7437, 60)
         assert caught.value.errno == errno.EINVAL
 
 
@@ -189,7 +194,7 @@ async def test_one_who_stops_waiting_leaves_nothing_open(tmp_path: Path) -> None
         mute.listen()
         before = open_here()
         async with asyncio.TaskGroup() as group:
-            one = group.create_task(LanDialer(path).connect("10.0.0.7", 7437, 9))
+            one = group.create_task(LanDialer(path).connect("10.0.0.7", 7437, 60))
             while open_here() == before:
                 await asyncio.sleep(0)
             one.cancel()

@@ -13,14 +13,16 @@ from tests.dialers import lan_dialer
 CODE = """
 import asyncio, ctypes, errno, json, os, socket, sys, threading
 from pathlib import Path
+from mycoswarmd.outposts import dialing
 from mycoswarmd.outposts.dialing import LanDialer
 from mycoswarmd.outposts.notcp import forbid_tcp
 
+dialing._LISTEN_S = 60
 allowed, forbidden = int(sys.argv[2]), int(sys.argv[3])
 found = {"holds": forbid_tcp()} if sys.argv[4] == "forbid" else {}
 
 def point_elsewhere(sock, by_sending=False):
-    sock.settimeout(5)
+    sock.settimeout(60)
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.connect(sock.fileno(), (ctypes.c_char * 16)(), 16) == 0  # AF_UNSPEC: disconnect
     try:
@@ -35,12 +37,12 @@ def point_elsewhere(sock, by_sending=False):
 
 async def main():
     lan = LanDialer(Path(sys.argv[1]))
-    with await lan.connect("127.0.0.1", allowed, 5) as sock:
+    with await lan.connect("127.0.0.1", allowed, 60) as sock:
         sock.send(b"x")
         found["here"] = point_elsewhere(sock)
-    with await lan.connect("127.0.0.1", allowed, 5) as sock:
+    with await lan.connect("127.0.0.1", allowed, 60) as sock:
         found["thread"] = await asyncio.to_thread(point_elsewhere, sock)
-    with await lan.connect("127.0.0.1", allowed, 5) as sock:
+    with await lan.connect("127.0.0.1", allowed, 60) as sock:
         found["sent"] = point_elsewhere(sock, by_sending=True)
     # What the node does goes on: it listens on what it was given, and connects to unix sockets.
     with await lan.listen("127.0.0.1", int(sys.argv[5])) as sock:
@@ -56,10 +58,11 @@ def tried(directory: Path, what: str) -> dict[str, object]:
     with (
         socket.create_server(("127.0.0.1", 0)) as engine,
         socket.create_server(("127.0.0.1", 0)) as other,
-        socket.create_server(("127.0.0.1", 0)) as free,
+        socket.socket() as shared,
     ):
-        ports = [one.getsockname()[1] for one in (engine, other, free)]
-        free.close()
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        shared.bind(("127.0.0.1", 0))  # held, so that nobody else is given the port meanwhile
+        ports = [one.getsockname()[1] for one in (engine, other, shared)]
         file = directory / "mycoswarm.toml"
         file.write_text(
             f'listen = "127.0.0.1:{ports[2]}"\n[engines.e]\nkind = "openai"\nurl = "http://127.0.0.1:{ports[0]}"\n'

@@ -76,7 +76,10 @@ async def test_one_that_does_not_read_costs_bounded_memory(tmp_path: Path) -> No
         over.set()
 
 
-async def test_killed_the_program_sees_its_end_and_nothing_more_is_sent(tmp_path: Path) -> None:
+async def test_killed_the_program_sees_its_end_and_nothing_more_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mycoswarmd.sandbox.outpost._END_S", 60.0)
     ended = asyncio.Event()
 
     async def wait(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:

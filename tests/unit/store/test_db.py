@@ -56,7 +56,7 @@ class Held:
 
     def __call__(self, _: sqlite3.Connection) -> None:
         self.entered.set()
-        assert self.release.wait(10)
+        assert self.release.wait(60)
 
 
 # -- the file -------------------------------------------------------------------------------------

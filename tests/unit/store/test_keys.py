@@ -84,7 +84,7 @@ async def test_a_revocation_that_could_not_be_written_is_on_the_closed_side(db: 
 
     def hold(_: sqlite3.Connection) -> None:
         entered.set()
-        assert release.wait(10)
+        assert release.wait(60)
 
     def spoil(connection: sqlite3.Connection) -> None:
         """Make the commit of the whole transaction fail."""
@@ -164,7 +164,7 @@ async def test_the_last_use_is_written_without_anybody_asking(
         runner = group.create_task(store.run())
         for expected in (500, 501):
             store.lookup(ONE)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while await written() != expected:
                     await asyncio.sleep(0.005)
         runner.cancel()

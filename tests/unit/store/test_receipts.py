@@ -66,11 +66,11 @@ async def test_records_are_on_disk_soon_without_anybody_waiting(log: SqliteRecei
     async with asyncio.TaskGroup() as group:
         runner = group.create_task(log.run())
         log.append("outcome", {"n": 1})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while await on_disk(db) < 1:
                 await asyncio.sleep(0.005)
         log.append("outcome", {"n": 2})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while await on_disk(db) < 2:
                 await asyncio.sleep(0.005)
         runner.cancel()
@@ -254,7 +254,7 @@ def executing(statement: str) -> Callable[[sqlite3.Connection], None]:
 
 
 async def healed(log: SqliteReceiptLog) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while log.problem is not None:
             await asyncio.sleep(0.05)
 

@@ -73,11 +73,11 @@ def connect(
     """Shake hands over TCP on the loopback, and have the server answer one question."""
     seen = Outcome()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(5)
+        listener.settimeout(60)
         thread = threading.Thread(target=_serve, args=(listener, server, seen))
         thread.start()
         try:
-            with socket.create_connection(listener.getsockname(), timeout=5) as raw:
+            with socket.create_connection(listener.getsockname(), timeout=60) as raw:
                 _ask(raw, client, name, session, seen)
         except OSError as exc:
             seen.client_error = str(exc)
@@ -88,7 +88,7 @@ def connect(
 
 def _serve(listener: socket.socket, context: ssl.SSLContext, seen: Outcome) -> None:
     raw, _ = listener.accept()
-    raw.settimeout(5)
+    raw.settimeout(60)
     try:
         with raw, context.wrap_socket(raw, server_side=True) as connection:
             seen.client_cert = connection.getpeercert(binary_form=True)

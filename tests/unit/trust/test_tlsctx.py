@@ -268,7 +268,7 @@ async def test_an_event_loop_sees_the_same() -> None:
         writer.close()
 
     listening = await asyncio.start_server(
-        serve, "127.0.0.1", 0, ssl=tls.server_context(lambda: trusted), ssl_handshake_timeout=5
+        serve, "127.0.0.1", 0, ssl=tls.server_context(lambda: trusted), ssl_handshake_timeout=60
     )
     port = listening.sockets[0].getsockname()[1]
 
@@ -303,20 +303,18 @@ def test_a_handshake_among_fifty_members_is_quick(capsys: pytest.CaptureFixture[
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         one = calling.wrap_bio(incoming, outgoing, server_hostname=server.name)
         other = listening.wrap_bio(outgoing, incoming, server_side=True)
-        start = time.perf_counter()
+        start = time.process_time()
         shake_hands(one, other)
-        times_ms.append(1000 * (time.perf_counter() - start))
+        times_ms.append(1000 * (time.process_time() - start))
         assert other.getpeercert(binary_form=True) == client.cert
-    start = time.perf_counter()
+    start = time.process_time()
     anchors.pop(0)
     tls.refresh()
     tls._current()
-    rebuilt_ms = 1000 * (time.perf_counter() - start)
+    rebuilt_ms = 1000 * (time.process_time() - start)
     p50_ms = statistics.median(times_ms)
     with capsys.disabled():
-        print(
-            f"\n50 anchors: handshake p50 {p50_ms:.1f} ms, both ends; after a removal + {rebuilt_ms:.1f} ms"
-        )
+        print(f"\n50 anchors: p50 of processor {p50_ms:.1f} ms, both ends; a removal + {rebuilt_ms:.1f} ms")
     assert p50_ms < 15
 
 

@@ -89,10 +89,10 @@ def test_time_is_bounded_for_files_made_to_be_slow(shape: str) -> None:
         count = 80_000 if shape == "few words" else 1990
         words = (b"".join(b"%02x\n" % (crc32(b"%d %d" % (s, n)) % 128) for n in range(count)) for s in (1, 2))
         a, b = words
-    started = time.monotonic()
+    started = time.process_time()
     patch = make_patch([file("f", a)], [file("f", b)])
     assert patch.count("\n") > 100
-    assert time.monotonic() - started < 5  # 0.2 s; without the bound 12 s and more
+    assert time.process_time() - started < 5  # 0.2 s; without the bound 12 s and more
 
 
 def test_a_long_patch_ends_with_how_much_is_missing() -> None:
@@ -105,6 +105,6 @@ def test_a_long_patch_ends_with_how_much_is_missing() -> None:
 def test_ten_thousand_files_take_little_time() -> None:
     before = [file(f"d{number % 50}/f{number}", b"text %d\n" % number) for number in range(10_000)]
     after = [*before[:-1], file("d49/f9999", b"changed\n")]
-    started = time.monotonic()
+    started = time.process_time()
     assert make_patch(before, after).count("diff --git") == 1
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5

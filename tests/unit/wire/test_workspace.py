@@ -285,6 +285,7 @@ def test_malformed_pax_records_are_refused(body: bytes) -> None:
         read_workspace(tar)
 
 
+@pytest.mark.timeout(300)
 def test_a_hundred_thousand_files_pass_and_one_more_does_not() -> None:
     one = write_workspace([file("f", b"")])[:512]
     blocks = []
@@ -295,9 +296,9 @@ def test_a_hundred_thousand_files_pass_and_one_more_does_not() -> None:
         block[148:156] = b" " * 8
         block[148:156] = b"%06o\0 " % sum(block)
         blocks.append(bytes(block))
-    started = time.monotonic()
+    started = time.process_time()
     assert len(read_workspace(b"".join(blocks[:-1]))) == 100_000
-    assert time.monotonic() - started < 30  # about 2 s; a quadratic reader takes minutes
+    assert time.process_time() - started < 30  # about 2 s; a quadratic reader takes minutes
     with pytest.raises(BadRequest, match="100001 entries"):
         read_workspace(b"".join(blocks))
 
