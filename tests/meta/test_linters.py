@@ -16,7 +16,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 @pytest.mark.xdist_group("linters")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_linter(name: str) -> None:

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,8 @@ from tests.policies import (
     word,
 )
 
+# On a slow machine the most thorough of them take minutes.
+pytestmark = pytest.mark.timeout(600)
 ANY_REQUEST = st.one_of(sensible_requests(), sensible_requests(), REQUESTS)
 many = settings(max_examples=100, deadline=None)
 fewer = settings(max_examples=50, deadline=None)

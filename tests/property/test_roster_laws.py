@@ -25,6 +25,8 @@ from mycoswarmd.errors import BadRequest
 from mycoswarmd.trust import keys
 from tests.rosters import Key, Maker, hashes, key, parse
 
+# On a slow machine the most thorough of them take minutes.
+pytestmark = pytest.mark.timeout(600)
 many = settings(max_examples=150, deadline=None)
 fewer = settings(max_examples=60, deadline=None)
 

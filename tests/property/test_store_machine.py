@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -30,6 +31,8 @@ from mycoswarmd.errors import Conflict, Unavailable
 from mycoswarmd.store.db import Database
 from mycoswarmd.store.tasks import SqliteTaskStore
 
+# On a slow machine the most thorough of them take minutes.
+pytestmark = pytest.mark.timeout(600)
 T = TypeVar("T")
 
 RANKS = {"public": 0, "private": 1, "secret": 2}
