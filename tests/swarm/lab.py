@@ -79,7 +79,7 @@ def need(*programs: str) -> None:
 def wait_until(
     what: Callable[[], T],
     *,
-    within_s: float = 10.0,
+    within_s: float = 60.0,
     every_s: float = 0.02,
     why: Callable[[], object] = lambda: "",
 ) -> T:
@@ -137,7 +137,7 @@ class Host:
         line = self.run("ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link").split()
         return line[line.index("inet6") + 1].partition("/")[0]
 
-    def run(self, *command: str, stdin: str = "", check: bool = True, timeout_s: float = 60) -> str:
+    def run(self, *command: str, stdin: str = "", check: bool = True, timeout_s: float = 300) -> str:
         """Run a program on this machine and return what it printed."""
         ran = subprocess.run(
             [*self.prefix, *command], input=stdin, capture_output=True, text=True, timeout=timeout_s
@@ -159,7 +159,7 @@ class Host:
             os.close(there)
 
     def connect(
-        self, address: str, port: int = PORT, *, timeout_s: float = 5.0, source: str = ""
+        self, address: str, port: int = PORT, *, timeout_s: float = 30.0, source: str = ""
     ) -> socket.socket:
         """Open a TCP connection from this machine."""
         with self.inside():
@@ -169,7 +169,7 @@ class Host:
         """Listen on this machine."""
         with self.inside():
             sock = socket.create_server((host, port), backlog=128)
-        sock.settimeout(10)
+        sock.settimeout(60)
         return sock
 
     def end(self) -> None:
@@ -234,7 +234,7 @@ class Network:
         if not multicast:  # as on a network whose access points swallow it
             host.run("ip", "link", "set", "eth0", "multicast", "off", "allmulticast", "off")
         if ipv6:
-            wait_until(lambda: host.link_local, within_s=3)
+            wait_until(lambda: host.link_local)
         return host
 
     def partition(self, *groups: Iterable[Host]) -> None:
@@ -351,7 +351,7 @@ class Capture:
         """Return the lines that tshark prints about the packets."""
         need("tshark")
         command = ["tshark", "-n", "-r", str(self.path), *arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
         return ran.stdout.splitlines()
 
@@ -382,7 +382,7 @@ class LabNode(NodeProcess):
         self.kill()
         self.start()
 
-    def ok(self, method: str, path: str, body: object = None, *, timeout_s: float = 30) -> dict:  # type: ignore[type-arg]
+    def ok(self, method: str, path: str, body: object = None, *, timeout_s: float = 60) -> dict:  # type: ignore[type-arg]
         """Call the node's socket and insist on success."""
         answer = self.call(method, path, body, timeout_s=timeout_s)
         assert answer.status in {200, 201, 202}, (self.name, method, path, answer.status, answer.body)
@@ -432,6 +432,12 @@ class LabNode(NodeProcess):
         self.id = str(joined["id"])
         return joined
 
+    def enroll_nearby(self, code: str) -> None:
+        """Join whoever is found by multicast; what was not heard at once is heard the next time."""
+        body = {"code": code, "addresses": []}
+        wait_until(lambda: self.call("POST", "/api/swarm/enroll", body).status == 201, why=self.log)
+        self.id = str(self.swarm()["self"]["id"])
+
     def ask(
         self,
         prompt: str,
@@ -439,11 +445,20 @@ class LabNode(NodeProcess):
         model: str = "ok",
         headers: Mapping[str, str] | None = None,
         stream: bool = False,
-        timeout_s: float = 30,
+        timeout_s: float = 60,
     ) -> Answer:
         """Send a prompt as a local program does."""
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": stream}
         return self.call("POST", "/v1/chat/completions", body, headers, timeout_s)
+
+    def answered(self, prompt: str) -> Answer:
+        """Ask until there is an answer: a machine that is busy may miss the time for one connection."""
+
+        def answer() -> Answer | None:
+            found = self.ask(prompt)
+            return found if found.status == 200 else None
+
+        return wait_until(answer, every_s=0.1, why=self.log)  # type: ignore[return-value]
 
 
 class Lab(Network):
@@ -518,7 +533,7 @@ class Lab(Network):
         self.wait_agreed(nodes)
         return nodes
 
-    def wait_agreed(self, nodes: Sequence[LabNode], *, within_s: float = 15) -> None:
+    def wait_agreed(self, nodes: Sequence[LabNode], *, within_s: float = 60) -> None:
         """Wait until these have one roster and see one another."""
 
         def agreed() -> bool:

@@ -24,7 +24,7 @@ from tests.swarm.attackers.enrol import Newcomer
 from tests.swarm.attackers.talk import as_member
 from tests.swarm.lab import POLICY, Host, Lab, LabNode, need, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-clocks")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.xdist_group("swarm-clocks")]
 THEN, LATER = "1970-01-01 00:05:00", "2106-03-01 12:00:00"
 FRESH_ONLY = (
     POLICY
@@ -71,6 +71,12 @@ def year_of(node: LabNode) -> str:
     return str(re.findall(r"^(\d{4})-", node.log(), re.MULTILINE)[-1])
 
 
+def age_s(node: LabNode) -> float:
+    """Return how old a node's roster is, once it knows; a clock that is believed makes that years."""
+    wait_until(lambda: node.swarm()["roster_age_s"] is not None)
+    return float(node.swarm()["roster_age_s"])
+
+
 def test_enrolling_prompting_and_revoking_with_clocks_136_years_apart(lab: Lab) -> None:
     files = [lab.directory / "clock1", lab.directory / "clock2"]
     one = lab.node("n1", wrap=clock(files[0], THEN))
@@ -81,15 +87,14 @@ def test_enrolling_prompting_and_revoking_with_clocks_136_years_apart(lab: Lab) 
     lab.admit(one, two)
     lab.admit(one, three)
     lab.wait_agreed([one, two, three])
-    assert one.ask("what year is it?").status == 200
-    assert one.swarm()["roster_age_s"] < 60 and two.swarm()["roster_age_s"] < 60
+    one.answered("what year is it?")
+    assert all(age_s(node) < 3600 for node in (one, two))
     one.ok("POST", "/api/swarm/revoke", {"node": three.id, "reason": "test"})
-    wait_until(lambda: not two.row(three.id), within_s=10)
+    wait_until(lambda: not two.row(three.id))
     for node in (one, two):
         node.restart()
     lab.wait_agreed([one, two])
-    # The engine is asked for its models anew.
-    wait_until(lambda: one.ask("and now?").status == 200, within_s=10)
+    one.answered("and now?")  # the engine is asked for its models anew
 
 
 def test_clocks_that_jump_in_the_middle_of_everything(lab: Lab) -> None:
@@ -117,12 +122,12 @@ def test_clocks_that_jump_in_the_middle_of_everything(lab: Lab) -> None:
             for path in files:
                 set_clock(path, says)
             time.sleep(0.5)  # the daemon's own timers come by
-            assert one.ask(f"is it {says}?").status == 200
+            one.answered(f"is it {says}?")
     finally:
         stop.set()
         thread.join()
     assert not lost
-    assert one.swarm()["roster_age_s"] < 60
+    assert age_s(one) < 3600
 
 
 @contextlib.contextmanager
@@ -135,7 +140,7 @@ def while_off(lab: Lab, *, policy: str = POLICY) -> Iterator[tuple[LabNode, LabN
     mallory = lab.host("mallory")
     thief = Newcomer.with_code(signer.invite(), name="thief")
     assert thief.run(mallory, signer.host.ip).status == 200
-    wait_until(lambda: pi.row("thief"), within_s=10)
+    wait_until(lambda: pi.row("thief"))
     pi.kill()
     signer.ok("POST", "/api/swarm/revoke", {"node": thief.key.node_id, "reason": "stolen"})
     path = lab.directory / "clock"
@@ -168,37 +173,37 @@ def test_a_machine_that_was_off_hears_of_revocations_from_the_first_it_meets(lab
         thread.start()
         try:
             pi.start()
-            wait_until(lambda: pi.digest == signer.digest, within_s=10, why=lambda: lab.story([signer, pi]))
+            wait_until(lambda: pi.digest == signer.digest, why=lambda: lab.story([signer, pi]))
             time.sleep(1)
         finally:
             stop.set()
             thread.join()
         assert not served_after_it_knew
         assert not is_served(thief, pi, mallory)
-        wait_until(lambda: pi.swarm()["roster_age_s"] is not None, within_s=10)
-        assert pi.swarm()["roster_age_s"] < 60 and signer.ask("back?").status == 200
+        assert age_s(pi) < 3600
+        signer.answered("back?")
 
 
 def test_a_machine_that_was_off_knows_that_it_does_not_know(lab: Lab) -> None:
     with while_off(lab) as (signer, pi, thief, mallory):
         lab.partition([signer.host], [pi.host, mallory])
         pi.start()
-        wait_until(lambda: "listening for the swarm" in pi.log().rpartition("2029")[0], within_s=10)
+        wait_until(lambda: "listening for the swarm" in pi.log().rpartition("2029")[0])
         assert pi.swarm()["roster_age_s"] is None
         # What the threat model says is not beaten: cut off since before the revocation.
-        assert is_served(thief, pi, mallory)
+        wait_until(lambda: is_served(thief, pi, mallory))
         lab.heal()
-        wait_until(lambda: pi.digest == signer.digest, within_s=20)
+        wait_until(lambda: pi.digest == signer.digest)
         assert not is_served(thief, pi, mallory)
-        wait_until(lambda: pi.swarm()["roster_age_s"] is not None, within_s=10)
+        age_s(pi)
 
 
 def test_a_policy_can_demand_freshness_of_a_machine_that_was_off(lab: Lab) -> None:
     with while_off(lab, policy=FRESH_ONLY) as (signer, pi, thief, mallory):
         lab.partition([signer.host], [pi.host, mallory])
         pi.start()
-        wait_until(lambda: "listening for the swarm" in pi.log().rpartition("2029")[0], within_s=10)
+        wait_until(lambda: "listening for the swarm" in pi.log().rpartition("2029")[0])
         assert not is_served(thief, pi, mallory)
         lab.heal()
-        wait_until(lambda: pi.swarm()["roster_age_s"] is not None and signer.sees(pi), within_s=20)
-        assert signer.ask("fresh?").status == 200
+        wait_until(lambda: pi.swarm()["roster_age_s"] is not None and signer.sees(pi))
+        signer.answered("fresh?")

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tests.swarm.attackers.talk import Talk
 from tests.swarm.conftest import open_lab
 from tests.swarm.lab import PORT, ROOT, Host, Lab, LabNode, wait_until, weakened
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-enrolment")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.xdist_group("swarm-enrolment")]
 
 
 @dataclass
@@ -262,6 +263,7 @@ def test_damaged_frames_enrol_nobody_halfway(real: Scene, direction: str, damage
         result: list[Answer] = []
         thread = threading.Thread(target=lambda: result.append(real.try_to_join(code, real.between)))
         thread.start()
+        wait_until(lambda: hit or kept or not thread.is_alive())
         thread.join(4)
         seen = relay.count(direction)
     thread.join()  # the relay is gone, and with it the connection
@@ -274,7 +276,7 @@ def test_damaged_frames_enrol_nobody_halfway(real: Scene, direction: str, damage
     assert answer.status in {401, 502, 503}, answer.body
     assert real.joiner.swarm()["swarm"] is None
     # Whatever was lost on the way, a new code gets this machine in.
-    assert real.try_and_leave(real.inviter.invite(), real.there).status == 201
+    wait_until(lambda: real.try_and_leave(real.inviter.invite(), real.there).status == 201, every_s=1)
 
 
 def test_undamaged_frames_pass_through_the_same_relay(real: Scene) -> None:
@@ -352,7 +354,10 @@ def test_greetings_burn_a_code_where_they_count() -> None:
 def test_a_thousand_answered_greetings_cost_nobody_a_place() -> None:
     with scene("strangers-unlimited") as stage:
         code = stage.inviter.invite()
-        assert greet_often(stage, code, 1000) == {200: 1000}
+        answers: Counter[int] = Counter()
+        while answers[200] < 1000:  # who pauses for 5 s, as a busy machine may, loses the connection
+            answers += greet_often(stage, code, 1000 - answers[200])
+        assert set(answers) <= {0, 200}
         row = stage.invite_row(code)
         assert (row["state"], row["failures"]) == ("open", 0)
         assert stage.try_to_join(code, stage.there).status == 201
@@ -360,8 +365,11 @@ def test_a_thousand_answered_greetings_cost_nobody_a_place() -> None:
 
 def test_a_stranger_is_not_answered_more_often_than_any_newcomer_needs(real: Scene) -> None:
     code = real.inviter.invite()
-    answers = greet_often(real, code, 200)
-    assert 50 <= answers[200] <= 100 and answers[429] >= 80, answers
+    begun_s, answers = time.monotonic(), greet_often(real, code, 60)
+    while answers[429] < 80:
+        answers += greet_often(real, code, 20)
+    # Sixty at once, and then five a second.
+    assert 50 <= answers[200] <= 65 + 5 * (time.monotonic() - begun_s), answers
     assert real.invite_row(code)["failures"] == 0
 
 
@@ -378,7 +386,7 @@ def test_an_honest_machine_gets_in_while_another_greets_without_end(real: Scene,
     thread.start()
     try:
         # The second try stands for the person's: the node takes turns with both.
-        wait_until(lambda: real.try_and_leave(code, f"[{there}]:{PORT}").status == 201, within_s=8)
+        wait_until(lambda: real.try_and_leave(code, f"[{there}]:{PORT}").status == 201)
     finally:
         stop.set()
         thread.join()

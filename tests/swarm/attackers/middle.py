@@ -67,7 +67,7 @@ class serving:  # noqa: N801 - reads as a context
                 sock, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            sock.settimeout(10)
+            sock.settimeout(60)
             self._open.append(sock.dup())  # TLS takes the descriptor away; this one ends the connection
             thread = threading.Thread(target=self._serve, args=(sock,))
             self._threads.append(thread)

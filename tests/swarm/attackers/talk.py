@@ -59,7 +59,7 @@ class Talk:
         server_name: str = "mycoswarm.internal",
         session: ssl.SSLSession | None = None,
     ) -> None:
-        sock.settimeout(10)
+        sock.settimeout(60)
         self.sock = (context or client_context()).wrap_socket(
             sock, server_hostname=server_name, session=session
         )
