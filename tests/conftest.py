@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-# A second in small steps: what ends by itself has ended by then.
-_GRACE_STEPS = 200
+# Twenty seconds in small steps: what was ended has gone by then, also where it got no processor for a while.
+_GRACE_STEPS = 4000
 _GRACE_STEP_S = 0.005
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.dialers import Dialer
-from tests.nodes import NodeProcess, write_private
+from tests.nodes import WAIT_S, NodeProcess, write_private
 
 _STARTER = str(Path(__file__).with_name("onlyunix.py"))
 _NO_NETWORK = ("unshare", "-n")
@@ -59,7 +59,7 @@ class Core(NodeProcess):
         """Wait for its own word: the socket takes connections before there is a node."""
         assert self.wait_for("listening on"), self.log()
 
-    def wait_for(self, text: str, within_s: float = 20) -> bool:
+    def wait_for(self, text: str, within_s: float = WAIT_S) -> bool:
         waited = threading.Event()
         for _ in range(round(within_s / 0.02)):
             if text in self.log():

@@ -2,22 +2,32 @@
 
 import http.client
 import json
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-READY_S = 20.0
+# How long is waited for what comes: a busy machine may stop a process for seconds, again and again.
+WAIT_S = 60.0
+
+
+def until(condition: Callable[[], object], within_s: float = WAIT_S) -> None:
+    """Wait for something to become true."""
+    give_up_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < give_up_s, "it did not come true in time"
+        time.sleep(0.02)
 
 
 class UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
-    def __init__(self, path: Path, timeout_s: float = 30) -> None:
+    def __init__(self, path: Path, timeout_s: float = WAIT_S) -> None:
         super().__init__("mycoswarm", timeout=timeout_s)
         self._path = path
 
@@ -65,7 +75,7 @@ class NodeProcess:
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        give_up_s = time.monotonic() + READY_S
+        give_up_s = time.monotonic() + WAIT_S
         while time.monotonic() < give_up_s:
             if self.is_answering():
                 return
@@ -86,7 +96,7 @@ class NodeProcess:
         path: str,
         body: object = None,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = WAIT_S,
     ) -> Answer:
         connection = UnixConnection(self.socket, timeout_s)
         try:
@@ -111,7 +121,7 @@ class NodeProcess:
         assert isinstance(task, dict)
         return task
 
-    def wait_task(self, task_id: str, *states: str, within_s: float = 30) -> dict:  # type: ignore[type-arg]
+    def wait_task(self, task_id: str, *states: str, within_s: float = WAIT_S) -> dict:  # type: ignore[type-arg]
         give_up_s = time.monotonic() + within_s
         task = self.task(task_id)
         while task["state"] not in states:
@@ -136,13 +146,13 @@ class NodeProcess:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         try:
-            return self._process.wait(15)
+            return self._process.wait(WAIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
             raise
 
-    def wait_exit(self, within_s: float = 20) -> int:
+    def wait_exit(self, within_s: float = WAIT_S) -> int:
         assert self._process is not None
         return self._process.wait(within_s)
 
@@ -152,11 +162,10 @@ class NodeProcess:
 
     def wait_for_models(self) -> None:
         """Wait until some engine serves something."""
-        for _ in range(200):
-            if self.call("GET", "/api/models").json["models"]:
-                return
+        give_up_s = time.monotonic() + WAIT_S
+        while not self.call("GET", "/api/models").json["models"]:
+            assert time.monotonic() < give_up_s, self.log()
             time.sleep(0.05)
-        raise AssertionError(self.log())
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
@@ -175,9 +184,15 @@ def node(state: Path, *, arguments: tuple[str, ...] = ("--no-listen",)) -> Itera
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port that is free and stays so: below those that the kernel gives to whoever connects."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def write_private(path: Path, text: str) -> Path:

@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _behave(self, body: dict) -> None:  # type: ignore[type-arg]
         match self.book.rename.get(body["model"], body["model"]):
             case "silent":
-                self._wait_for_goodbye(30)
+                self._wait_for_goodbye(300)
             case "refuses":
                 self._json(400, {"error": {"message": "too long", "type": "exceed_context_size_error"}})
             case "garbage":

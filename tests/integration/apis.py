@@ -236,7 +236,7 @@ class Running:
 
     async def engines_ready(self, count: int = 1) -> None:
         """Wait until so many engines serve something."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len({info.engine for info in self.services.prompts.models()}) < count:
                 await asyncio.sleep(0.01)
 
@@ -374,7 +374,7 @@ class Connection:
     async def is_closed(self) -> bool:
         """Wait until the other side has ended the connection."""
         try:
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(25):  # less than the patience with a silent one
                 return await self.reader.read(1) == b""
         except ConnectionError:
             return True

@@ -60,12 +60,13 @@ async def do(session: BubblewrapSession, code: str) -> object:
 
 
 def processes_in(namespace: str) -> set[int]:
-    """Return the processes of a pid namespace, as this machine numbers them."""
+    """Return the processes of a pid namespace that have not ended, as this machine numbers them."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if str((entry / "ns/pid").readlink()) == namespace:
+                is_over = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                if not is_over and str((entry / "ns/pid").readlink()) == namespace:
                     found.add(int(entry.name))
             except OSError:
                 continue

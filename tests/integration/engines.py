@@ -14,7 +14,7 @@ from mycoswarmd.sandbox.process import start_engine
 
 MODEL = "SmolLM2-135M-Instruct-Q4_1"
 MODEL_FILE = f"{MODEL}.gguf"
-WAIT_S = 40.0
+WAIT_S = 120.0
 
 
 @asynccontextmanager

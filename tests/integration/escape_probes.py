@@ -479,7 +479,7 @@ def connect(family: int, kind: int, fact: str) -> Probe:
     def attempt(facts: Facts) -> str:
         address = facts[fact]
         with socket.socket(family, kind) as sock:
-            sock.settimeout(2)
+            sock.settimeout(30)
             sock.connect(tuple(address) if isinstance(address, list) else address)
         return "OK"
 
@@ -683,7 +683,7 @@ def run_one(probe: Probe, facts: Facts) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(20)
+        signal.alarm(60)
         facts = {**facts, "own_fds": (*facts.get("own_fds", ()), reader, writer)}
         try:
             found = probe(facts)

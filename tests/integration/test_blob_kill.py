@@ -26,7 +26,7 @@ CALLS = ("write", "fsync", "rename")
 def drive(directory: Path, *strace: str) -> list[str]:
     """Run the driver under strace; return the lines that it could still say."""
     command = ("strace", "-f", "-qq", *strace, sys.executable, str(DRIVER), str(directory))
-    return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.splitlines()
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (directory / "trace").read_text()
 
 
-@pytest.mark.timeout(120)  # some fifteen processes under strace
+@pytest.mark.timeout(600)  # some fifteen processes under strace
 def test_killed_at_every_step_what_is_there_is_whole_and_what_was_said_is_there(
     trace: str, tmp_path: Path
 ) -> None:

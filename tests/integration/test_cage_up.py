@@ -36,7 +36,7 @@ class Hindered:
         """Let go of what the maker holds."""
 
 
-async def outcome(troubles: Sequence[Exception | float], *, wall_s: int = 20) -> tuple[Task, int]:
+async def outcome(troubles: Sequence[Exception | float], *, wall_s: int = 60) -> tuple[Task, int]:
     """Return how a task ended that may not be repeated, and how many cages were asked for."""
     async with working(wall_s=wall_s) as (node, _):
         tasks = node.services.tasks
@@ -55,7 +55,7 @@ async def test_it_is_tried_again(trouble: Exception) -> None:
 
 
 async def test_its_time_is_not_the_agents() -> None:
-    task, opened = await outcome([3.0], wall_s=2)
+    task, opened = await outcome([7.0], wall_s=6)
     assert (task.state, opened) == (TaskState.SUCCEEDED, 1), task
 
 

@@ -1,5 +1,6 @@
 """A swarm by mycoswarmctl alone, as people do it: real daemons on loopback, real terminals, real keys."""
 
+import codecs
 import http.client
 import json
 import os
@@ -12,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from mycoswarmd.trust.certificate import server_name
 from mycoswarmd.trust.identity import IdentityFile
 from mycoswarmd.trust.signer import FileSigner
 from mycoswarmd.trust.tlsctx import Tls
-from tests.nodes import NodeProcess, free_port, write_private
+from tests.nodes import WAIT_S, NodeProcess, free_port, until, write_private
 from tests.unit.ctl.fakenode import Ran, ctl
 from tests.upstream import Upstream, upstream
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 POLICY = """
 schema = 1
@@ -62,7 +63,7 @@ ASKS = """
 model = "*"
 tools = ["fs_read", "fs_edit"]
 paths = { read = ["."], write = ["."] }
-limit = { wall = "20s", memory = "1GiB", disk = "32MiB", steps = 8 }
+limit = { wall = "5m", memory = "1GiB", disk = "32MiB", steps = 8 }
 [[rule]]
 id = "reads"
 why = "agents may read"
@@ -140,9 +141,10 @@ class Terminal:
             [*CTL, *arguments], stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "COLUMNS": "200"}
         )
         os.close(slave)
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.seen = ""
 
-    def expect(self, pattern: str, within_s: float = 20) -> re.Match[str]:
+    def expect(self, pattern: str, within_s: float = WAIT_S) -> re.Match[str]:
         give_up_s = time.monotonic() + within_s
         while (found := re.search(pattern, self.seen)) is None:
             assert time.monotonic() < give_up_s, self.seen
@@ -153,11 +155,11 @@ class Terminal:
         os.write(self._master, f"{text}\n".encode())
 
     def end(self) -> int:
-        give_up_s = time.monotonic() + 20
+        give_up_s = time.monotonic() + WAIT_S
         while self._read(give_up_s):
             pass
         os.close(self._master)
-        return self._process.wait(10)
+        return self._process.wait(WAIT_S)
 
     def _read(self, give_up_s: float) -> bool:
         """Read some more; False at the end."""
@@ -167,15 +169,8 @@ class Terminal:
             data = os.read(self._master, 65536)
         except OSError:  # EIO: the other side of the terminal has gone
             return False
-        self.seen += data.decode()
+        self.seen += self._decoder.decode(data)
         return bool(data)
-
-
-def until(condition: Callable[[], object], within_s: float = 20) -> None:
-    give_up_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < give_up_s, "it did not come true in time"
-        time.sleep(0.05)
 
 
 @contextmanager
@@ -241,11 +236,11 @@ def test_two_people_at_two_terminals_make_a_swarm(tmp_path: Path) -> None:
         assert "joined: kitchen-pi" in invite.seen
 
         until(lambda: pi.row("pc").get("state") == "ready" and pc.row("kitchen-pi").get("state") == "ready")
-        table = pc.ctl("nodes").out
-        assert re.search(r"kitchen-pi +node +\S+ +127\.0\.0\.1:\d+ +\S+ ago +same +ready", table), table
-        assert pc.ctl("nodes", "ping").code == 0
-        status = pi.ctl("status").out
-        assert re.search(r"pc +(green|yellow).*its key, [0-9.]+ ms, same roster", status), status
+        row = r"kitchen-pi +node +\S+ +127\.0\.0\.1:\d+ +\S+ ago +same +ready"
+        until(lambda: re.search(row, pc.ctl("nodes").out))
+        until(lambda: pc.ctl("nodes", "ping").code == 0)
+        row = r"pc +(green|yellow).*its key, [0-9.]+ ms, same roster"
+        until(lambda: re.search(row, pi.ctl("status").out))
         assert pi.ok("status")["swarm"]["members"]
 
 
@@ -354,7 +349,7 @@ def answered_as(directory: Path, node: Machine, approval: str, *, approve: bool)
     context = Tls(own.seed, own.cert_der).client_context(other.cert_der)
     connection, name = http.client.HTTPConnection("unused"), server_name(other.node_id)
     with (
-        socket.create_connection(("127.0.0.1", node.port), 10) as plain,
+        socket.create_connection(("127.0.0.1", node.port), WAIT_S) as plain,
         context.wrap_socket(plain, server_hostname=name) as tls,
     ):
         connection.sock = tls
@@ -482,6 +477,8 @@ def test_an_operator_with_a_very_large_roster_gives_it_on_and_hears_that_it_is_o
         def known() -> int:
             return len(json.loads(pc.node.call("GET", "/api/swarm").body)["revoked"])
 
+        # What it gives on has to be verified within seconds, for which a busy machine may need another try.
+        until(lambda: "could not be brought up to date" not in laptop.ctl("--node", "pc", "status").err)
         said = laptop.ctl("--node", "pc", "status")
         assert (said.code, "could not be brought up to date" in said.err) == (0, False), said.err
         assert known() == count
@@ -494,7 +491,7 @@ def test_signers_keys_and_leaving(tmp_path: Path) -> None:
     pc, pi, den = (Machine(tmp_path, name) for name in ("pc", "pi", "den"))
     with swarm(pc, pi), running(den):
         assert pi.ctl("invite").code == 1
-        pc.ok("signers", "add", "pi")
+        until(lambda: pc.ctl("signers", "add", "pi").code == 0)  # which asks it, and that within seconds
         until(lambda: pi.row("pi").get("signer"))
         assert {row["name"] for row in pc.ok("signers")["signers"]} == {"pc", "pi"}
         den.join(pi)
@@ -503,13 +500,15 @@ def test_signers_keys_and_leaving(tmp_path: Path) -> None:
         old = den.row("den")["id"]
         changed = den.ok("rekey", "--yes")
         assert changed["old"] == old
-        until(lambda: pi.row("den").get("id") == changed["id"] and pi.row("den")["state"] == "ready")
-        until(lambda: pc.row("den")["id"] == changed["id"])
+        until(lambda: pi.row("den").get("id") == changed["id"])
+        until(lambda: pi.row("den").get("state") == "ready")
+        until(lambda: pc.row("den").get("id") == changed["id"])
 
         pc.ok("signers", "remove", "pi", "--yes")
         until(lambda: not pi.row("pi").get("signer"))
         assert pi.ctl("invite").code == 1
-        assert pi.row("den").get("state") == "ready"  # whom it admitted stays
+        assert pi.row("den")  # whom it admitted stays
+        until(lambda: pi.row("den").get("state") == "ready")
 
         den.ok("leave", "--yes")
         assert den.ctl("nodes").code == 1

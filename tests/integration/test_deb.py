@@ -27,10 +27,10 @@ PARTS = (
     "pyproject.toml",
     "systemd",
 )
-_BUILD_S = 120
+_BUILD_S = 600
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1500),
     pytest.mark.xdist_group("deb"),
     pytest.mark.skipif(
         any(shutil.which(program) is None for program in ("dpkg-buildpackage", "dh_python3", "pandoc")),
@@ -188,9 +188,16 @@ def test_its_programs_start_quickly(deb: Path, tmp_path: Path) -> None:
     text = launcher.read_text().replace('"""\n\n', own, 1)
     launcher.write_text(text)
     command = ["/usr/bin/python3", "-I", str(launcher), "version"]
-    started_s = time.monotonic()
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=evil, env={"PYTHONPATH": str(evil), "HOME": str(evil)}
-    )
-    assert done.stdout.strip() == "0.1.0", done
-    assert time.monotonic() - started_s < 2
+    took_s = []
+    for _ in range(5):
+        started_s = time.monotonic()
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=evil,
+            env={"PYTHONPATH": str(evil), "HOME": str(evil)},
+        )
+        took_s.append(time.monotonic() - started_s)
+        assert done.stdout.strip() == "0.1.0", done
+    assert min(took_s) < 2

@@ -22,7 +22,12 @@ from tests.integration.engines import MODEL, managed, ready, until
 from tests.permits import permit_for
 
 Made = Callable[[Path], AbstractAsyncContextManager[Engine]]
-pytestmark = [pytest.mark.engine, pytest.mark.integration, pytest.mark.xdist_group("engine")]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.integration,
+    pytest.mark.xdist_group("engine"),
+    pytest.mark.timeout(300),
+]
 
 
 @asynccontextmanager
@@ -64,7 +69,7 @@ ENGINES: dict[str, Made] = {"openai": openai, "ollama": ollama, "embedded": embe
 
 def chat(model: str = MODEL, **more: Any) -> Any:
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, **more}
-    return parse_chat(json.dumps(body).encode())
+    return parse_chat(json.dumps({**body, "temperature": 0}).encode())
 
 
 @pytest.mark.parametrize("name", ENGINES)
