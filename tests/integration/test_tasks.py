@@ -3,18 +3,21 @@
 import hashlib
 import io
 import json
-import os
 import subprocess
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.integration.engines import is_alive
 from tests.nodes import NodeProcess, node, write_private
 from tests.upstream import Upstream, upstream
 
+pytestmark = pytest.mark.timeout(300)
 POLICY = """
 schema = 1
 name = "test"
@@ -29,13 +32,13 @@ programs = ["ls"]
 model = "*"
 tools = ["fs_list", "fs_read", "fs_write"]
 paths = { read = ["."], write = ["."] }
-limit = { wall = "20s", memory = "1GiB", processes = 16, disk = "32MiB", steps = 8, tokens = 100_000 }
+limit = { wall = "120s", memory = "1GiB", processes = 16, disk = "32MiB", steps = 8, tokens = 100_000 }
 
 [agents.asker]
 model = "*"
 tools = ["fs_read", "fs_edit"]
 paths = { read = ["."], write = ["."] }
-limit = { wall = "20s", memory = "1GiB", disk = "32MiB", steps = 8 }
+limit = { wall = "120s", memory = "1GiB", disk = "32MiB", steps = 8 }
 
 [agents.hasty]
 model = "*"
@@ -273,15 +276,15 @@ def test_nobody_answering_is_a_no(tmp_path: Path, engine: Upstream) -> None:
 
 def test_cancel_kills_the_cage_and_the_prompt(daemon: NodeProcess, engine: Upstream) -> None:
     engine.gone.clear()
+    before = engine.count("silent")
     task_id = daemon.submit("Wait", model="silent")
-    while "proof" not in kinds(daemon, task_id):
+    while "proof" not in kinds(daemon, task_id) or engine.count("silent") == before:
         time.sleep(0.05)
     assert cages_of(daemon.pid)
-    time.sleep(0.3)
     answer = daemon.call("POST", f"/api/tasks/{task_id}/cancel", {})
     assert (answer.status, answer.json["task"]["state"]) == (200, "cancelled")
-    assert engine.gone.wait(5)
-    assert not cages_of(daemon.pid)
+    assert engine.gone.wait(60)
+    assert gone_within(cages_of(daemon.pid), 60)
     assert daemon.call("POST", f"/api/tasks/{task_id}/cancel", {}).json["error"]["code"] == "already-ended"
 
 
@@ -348,10 +351,12 @@ def test_a_full_queue_says_so(tmp_path: Path, engine: Upstream) -> None:
 def test_urgent_tasks_go_first(tmp_path: Path, engine: Upstream) -> None:
     with node(prepare(tmp_path / "node", engine, more="task_slots = 1")) as daemon:
         daemon.wait_for_models()
-        engine.play(FINISH, pause_s=0.2)
-        first = daemon.submit("first", model="agent")
+        engine.play(FINISH)
+        first = daemon.submit("first", model="silent")
+        daemon.wait_task(first, "running")
         late = [daemon.submit(f"p{priority}", model="agent", priority=priority) for priority in (9, 5, 0)]
-        for task_id in (first, *late):
+        assert daemon.call("POST", f"/api/tasks/{first}/cancel", {}).status == 200
+        for task_id in late:
             daemon.wait_task(task_id, "succeeded")
         started = {
             task_id: next(e["at_ms"] for e in daemon.events(task_id) if e["data"].get("to") == "running")
@@ -363,22 +368,35 @@ def test_urgent_tasks_go_first(tmp_path: Path, engine: Upstream) -> None:
 # --- kill -9 ------------------------------------------------------------------------------------
 
 
+class Halting(list[dict[str, object]]):
+    """A script of which only the first call is made until it is let go on."""
+
+    def __init__(self, calls: list[dict]) -> None:  # type: ignore[type-arg]
+        super().__init__(calls)
+        self.may_go = threading.Event()
+
+    def __getitem__(self, index: Any) -> Any:
+        if index:
+            self.may_go.wait(60)
+        return super().__getitem__(index)
+
+
 def test_a_task_survives_kill_9_in_the_middle_and_ends_once(tmp_path: Path, engine: Upstream) -> None:
     state = prepare(tmp_path / "node", engine)
     with node(state) as daemon:
         daemon.wait_for_models()
         workspace = put(daemon, {"notes.txt": b"hello\n"})
-        engine.play(READ, WRITE, FINISH, pause_s=0.4)
+        engine.play(READ, WRITE, FINISH)
+        engine.script = Halting(engine.script)
         task_id = daemon.submit("Summarise", model="agent", workspace=workspace)
         once = daemon.submit("Summarise", model="silent", workspace=workspace, repeatable=False)
-        daemon.wait_task(task_id, "running")
-        daemon.wait_task(once, "running")
         while "model" not in kinds(daemon, task_id) or "proof" not in kinds(daemon, once):
             time.sleep(0.02)
         cages = cages_of(daemon.pid)
         daemon.kill()
         assert cages
-        assert gone_within(cages, 5)
+        engine.script.may_go.set()
+        assert gone_within(cages, 60)
     engine.play(READ, WRITE, FINISH)
     with node(state) as daemon:
         daemon.wait_for_models()
@@ -386,7 +404,7 @@ def test_a_task_survives_kill_9_in_the_middle_and_ends_once(tmp_path: Path, engi
         assert (task["state"], task["attempt"]) == ("succeeded", 2), daemon.events(task_id)
         finals = [e for e in daemon.events(task_id) if e["kind"] == "state" and e["data"]["to"] in STATES]
         assert len(finals) == 1
-        assert daemon.task(once)["state"] == "parked"
+        daemon.wait_task(once, "parked")
         assert daemon.call("POST", "/api/receipts/verify", {}).json["ok"]
 
 
@@ -449,11 +467,3 @@ def gone_within(pids: list[int], seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.swarm.lab import Host
+from tests.swarm.lab import Host, wait_until
+
+_UNREACHED = 4  # what a command ends with where it reached nobody
 
 
 class Laptop:
@@ -33,12 +35,19 @@ class Laptop:
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     def ok(self, *arguments: str) -> dict[str, Any]:
-        ran = self.ctl(*arguments, "--json")
+        """Ask until somebody is reached: on a machine that is busy a person, too, has to try again."""
+        ran = wait_until(lambda: self.answered(*arguments, "--json"))
+        assert ran is not None
         assert ran.returncode == 0, (ran.stdout, ran.stderr)
         value = json.loads(ran.stdout)
         assert isinstance(value, dict)
         return value
+
+    def answered(self, *arguments: str) -> subprocess.CompletedProcess[str] | None:
+        """Return what was answered, or None where nobody was reached."""
+        ran = self.ctl(*arguments)
+        return None if ran.returncode == _UNREACHED or "no-swarm-found" in ran.stdout else ran

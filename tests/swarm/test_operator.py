@@ -8,7 +8,7 @@ import pytest
 from tests.swarm.lab import Lab, wait_until
 from tests.swarm.laptop import Laptop
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
 def test_a_laptop_finds_the_swarm_and_follows_a_node_that_moves(lab: Lab, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_laptop_finds_the_swarm_and_follows_a_node_that_moves(lab: Lab, tmp_pa
     assert laptop.ok("--node", "n2", "nodes")["self"]["id"] == two.id
 
     lab.move(two.host, "10.77.9.9")
-    wait_until(lambda: laptop.ctl("--node", "n2", "nodes").returncode == 0, within_s=20)
+    wait_until(lambda: laptop.ctl("--node", "n2", "nodes").returncode == 0)
     places = json.loads((tmp_path / "mycoswarm" / "operator" / "addresses.json").read_text())
     assert any("10.77.9.9" in place or place.startswith("[fe80") for place in places[two.id])
 
@@ -31,7 +31,8 @@ def test_a_laptop_finds_the_swarm_and_follows_a_node_that_moves(lab: Lab, tmp_pa
     assert gone.returncode == 4, gone.stdout
     assert laptop.ok("nodes")["self"]["id"] == one.id
     one.ok("POST", "/api/swarm/revoke", {"node": "anna", "reason": "laptop lost"})
-    lost = laptop.ctl("nodes", "--json")
+    lost = wait_until(lambda: laptop.answered("nodes", "--json"))
+    assert lost is not None
     assert (lost.returncode, json.loads(lost.stdout)["error"]["code"]) == (3, "operator-revoked")
 
 
