@@ -1,5 +1,6 @@
 """Cages with a scripted agent, and what is left of them on the machine."""
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -73,10 +74,15 @@ def processes_in(namespace: str) -> set[int]:
     return found
 
 
-def left_on_machine() -> tuple[list[str], int, int]:
-    """Return what a leak would change: descriptors, mounts and child processes of this process."""
+# Where bubblewrap mounts, inside a cage and while it builds one; elsewhere others mount at any time.
+_MOUNT_POINTS = re.compile(r"(/tmp)?/(newroot|oldroot|workspace)(/.*)?|/tmp")
+
+
+def left_on_machine() -> tuple[list[str], list[str], int]:
+    """Return what a leak would change: descriptors, mounts of cages and child processes of this process."""
     fds = sorted(path.name for path in Path("/proc/self/fd").iterdir())
-    mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    mounts = [point for point in points if _MOUNT_POINTS.fullmatch(point)]
     children = sum(
         len(path.read_text().split()) for path in Path("/proc/self/task").glob("*/children") if path.exists()
     )
