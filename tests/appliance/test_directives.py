@@ -111,7 +111,7 @@ facts |= {"unshare": 272, "personality": 135, "states": ["/var/lib/mycoswarm", "
 print(json.dumps(facts))
 """
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def directives(unit: str) -> list[str]:
@@ -164,7 +164,7 @@ def run_all(machine: Machine, unit: str, lines: list[str]) -> dict[str, dict[str
         machine.write(f"/run/systemd/system/probe-{unit}-{number}.service", text + "\n")
     machine.run("systemctl", "daemon-reload")
     units = [f"probe-{unit}-{number}.service" for number in range(len(names_by_number))]
-    machine.run("systemctl", "start", *units, check=False, timeout_s=120)
+    machine.run("systemctl", "start", *units, check=False, timeout_s=600)
     machine.run("journalctl", "--sync")
     found = {}
     for number, without in enumerate(names_by_number):
@@ -235,7 +235,7 @@ def test_discovery_speaks_multicast_and_nothing_else(
     name = f"discovers-{len(reached)}.service"
     machine.write("/usr/lib/probe/discovery.py", _DISCOVERY)
     machine.write(f"/run/systemd/system/{name}", "\n".join(["[Service]", *lines, program, ""]))
-    listener = "import socket, time; s = socket.create_server(('', 2525)); time.sleep(60)"
+    listener = "import socket, time; s = socket.create_server(('', 2525)); time.sleep(600)"
     with machine.start("python3", "-c", listener):
         machine.wait_until("grep -q 00000000:09DD /proc/net/tcp")
         machine.sh(f"systemctl daemon-reload; systemctl start {name}; journalctl --sync")
@@ -278,7 +278,8 @@ for place in sys.argv[1:]:
             if path[0] == "/":
                 os.chmod(path, 0o777)
             held.append(door)
-time.sleep(300)
+print("all open", flush=True)
+time.sleep(3600)
 """
 _VISITOR = """
 import json, os, socket, stat, sys
@@ -343,8 +344,9 @@ def crowded(fresh: dict[str, tuple[Machine, str]], request: pytest.FixtureReques
     machine.write("/usr/lib/probe/servers.py", _SERVERS)
     machine.write("/usr/lib/probe/visitor.py", _VISITOR)
     machine.write("/usr/lib/probe/prover.py", _PROVER)
-    with machine.start("python3", "/usr/lib/probe/servers.py", *_PLACES):
-        machine.wait_until(f"test -S {_PLACES[-1]}/of-others/packets")
+    with machine.start("python3", "/usr/lib/probe/servers.py", *_PLACES) as servers:
+        assert servers.stdout is not None
+        assert (said := servers.stdout.readline()) == b"all open\n", said
         yield machine
         machine.sh(f"rm -rf {' '.join(f'{place}/of-others' for place in _PLACES)}")
 

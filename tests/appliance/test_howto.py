@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.appliance.conftest import Images
-from tests.appliance.machines import Lab, Machine
+from tests.appliance.machines import SOON_S, Lab, Machine
 from tests.appliance.nodes import Swarm, ctl, ctl_json, names, wait_ready
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 # Listens as OLLAMA_HOST says; whoever asks hears whether it could send something to the outside.
@@ -34,7 +35,9 @@ while True:
         pass
 """
 UNIT = "[Service]\nExecStart=/usr/bin/python3 /usr/local/bin/ollama\nEnvironment=OLLAMA_HOST=0.0.0.0:11434\n"
-ASK = "import socket; s = socket.create_connection(({host!r}, 11434), timeout=3); print(s.recv(100).decode())"
+ASK = (
+    "import socket; s = socket.create_connection(({host!r}, 11434), timeout=30); print(s.recv(100).decode())"
+)
 
 
 def block(page: str, kind: str) -> str:
@@ -58,7 +61,7 @@ def bad(machine: Machine) -> dict[str, str]:
 
 def cure(machine: Machine, name: str) -> None:
     """Do what doctor says, word for word, as root."""
-    machine.sh(checks(machine)[name]["fix"].replace("sudo ", ""), timeout_s=60)
+    machine.sh(checks(machine)[name]["fix"].replace("sudo ", ""))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,9 @@ def test_a_stopped_node_and_a_masked_unit_are_said_and_mended(patient: Machine) 
     cure(patient, "units")
     cure(patient, "node")
     wait_ready(patient)
-    assert bad(patient) == before
+    give_up_s = time.monotonic() + SOON_S
+    while not bad(patient).items() <= before.items():  # what it was too early for may have come meanwhile
+        assert time.monotonic() < give_up_s, (bad(patient), before)
 
 
 def test_an_ollama_for_everybody_is_found_and_brought_home(patient: Machine, swarm: Swarm) -> None:
@@ -113,8 +118,9 @@ def test_a_prepared_disk_joins_the_swarm_at_its_first_start(
     assert "imaged" not in names(swarm.one)
     machine.reboot()
     machine.wait_booted()
-    machine.wait_until("mycoswarmctl nodes --json | grep -q imaged", within_s=60)
-    machine.wait_until("! test -e /etc/credstore/mycoswarm.enroll", within_s=10)
+    # It tries each half minute.
+    machine.wait_until("mycoswarmctl nodes --json | grep -q imaged", within_s=240)
+    machine.wait_until("! test -e /etc/credstore/mycoswarm.enroll")
     assert "imaged" in names(swarm.one)
     assert code not in machine.journal()
     # Started again, there is nothing left to do, and that is no failure.
@@ -137,7 +143,7 @@ def test_a_backup_comes_back_as_the_page_says(patient: Machine) -> None:
         if "systemctl stop" in block
     )
     patient.run("systemctl", "stop", "ollama", check=False)
-    patient.sh("set -e\n" + commands.replace("sudo ", "").replace("/mnt/usb/", "/root/"), timeout_s=90)
+    patient.sh("set -e\n" + commands.replace("sudo ", "").replace("/mnt/usb/", "/root/"))
     wait_ready(patient)
     after = ctl_json(patient, "nodes")["nodes"]
     assert [(row["id"], row["name"]) for row in after] == [(row["id"], row["name"]) for row in before]

@@ -9,7 +9,7 @@ from tests.appliance.images import SUITES
 from tests.appliance.machines import Machine
 from tests.appliance.nodes import install, wait_ready
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.parametrize("suite", SUITES)]
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.parametrize("suite", SUITES)]
 Fresh = dict[str, tuple[Machine, str]]
 # Two neighbours on a cable of their own: one of a home network, one of the world outside.
 _NEIGHBOURS = """
@@ -23,7 +23,7 @@ ip -n beyond link set far up; ip -n beyond link set lo up
 _HOLDER = """
 import json, os, pwd, signal, socket
 
-signal.alarm(100)
+signal.alarm(1000)
 free = socket.create_server(("", 7999))
 user = pwd.getpwnam("_mycoswarm")
 os.setgroups([])
@@ -33,7 +33,7 @@ os.setuid(user.pw_uid)
 
 def ask(**request):
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
-        line.settimeout(10)
+        line.settimeout(60)
         line.connect("/run/mycoswarm-outposts/lan.sock")
         line.send(json.dumps({"v": 1, **request}).encode())
         answer, fds, _, _ = socket.recv_fds(line, 8192, 1)
@@ -49,11 +49,13 @@ _CONNECT = """
 import json, socket, sys
 
 said = {}
-for name, address in {
-    "stranger": ("192.0.2.1", 7437), "neighbour": ("10.99.0.1", 7437), "control": ("192.0.2.1", 7999)
-}.items():
+# Who is to be heard has time enough; then the way is known, and who is let through would be so at once.
+for name, address, within_s in (
+    ("neighbour", ("10.99.0.1", 7437), 60), ("control", ("192.0.2.1", 7999), 60),
+    ("stranger", ("192.0.2.1", 7437), 1.5),
+):
     try:
-        socket.create_connection(address, timeout=1.5).close()
+        socket.create_connection(address, timeout=within_s).close()
         said[name] = "connected"
     except OSError as exc:
         said[name] = type(exc).__name__
@@ -88,7 +90,7 @@ def test_a_listener_keeps_the_filter_of_the_dialer_that_made_it(
             machine.wait_until("systemctl is-active mycoswarm-lan")
             assert tried(machine) == _WITHIN_HOME
             machine.run("systemctl", "stop", "mycoswarm-lan.service")
-            assert not machine.path("/sys/fs/cgroup/system.slice/mycoswarm-lan.service").exists()
+            machine.wait_until("! test -e /sys/fs/cgroup/system.slice/mycoswarm-lan.service")
             assert tried(machine) == _WITHIN_HOME
             machine.run("systemctl", "daemon-reload")
             assert tried(machine) == _WITHIN_HOME

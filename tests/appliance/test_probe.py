@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.appliance.machines import Machine
+from tests.appliance.machines import SOON_S, Machine
 from tests.appliance.nodes import ctl, ctl_json, in_parallel, wait_ready
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 SOURCE = Path(__file__).with_name("nvml.c")
 SHIPPED = Path(__file__).parents[2] / "systemd"
 LIBRARY = "/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
@@ -151,7 +151,7 @@ def restart(machine: Machine, what: str) -> None:
     wait_ready(machine)
 
 
-def host(machine: Machine, reading: str, *, within_s: float = 20) -> dict[str, Any]:
+def host(machine: Machine, reading: str, *, within_s: float = SOON_S) -> dict[str, Any]:
     """Wait until the node has read its cards with this result, and return what it says of its machine."""
     pattern = f'"result": ?"{reading}"'
     machine.wait_until(f"mycoswarmctl status --json | grep -Eq '{pattern}'", within_s=within_s)
@@ -207,7 +207,7 @@ def test_a_driver_in_trouble_ends_a_process_and_the_node_says_so_and_goes_on(nod
 
 
 def crashes_and_lies(trixie: Machine) -> None:
-    said = json.loads(trixie.python(ASK_IN_TROUBLE, timeout_s=120).out)
+    said = json.loads(trixie.python(ASK_IN_TROUBLE, timeout_s=600).out)
     readings = {name: row[0] for name, row in said.items()}
     assert readings == {
         **dict.fromkeys(("card", "again", "control", "chatter"), "read"),
@@ -222,7 +222,7 @@ def crashes_and_lies(trixie: Machine) -> None:
     assert said["chatter"][3] == ["NVIDIA GeForce RTX 3090"]  # what a library prints is not the answer
     assert "may not be opened" in said["not for us"][1] and "video" in said["not for us"][2]
     assert "libnvidia-ml1" in said["no library"][2] and said["mismatch"][2] == "sudo reboot"
-    assert "status=11/SEGV" in trixie.journal("-u", "mycoswarm-probe@*")
+    trixie.wait_until("journalctl -b -u 'mycoswarm-probe@*' | grep -qF status=11/SEGV")
     restart(trixie, "crash")
     # What the core would be, did it ask by itself.
     control = trixie.run(
@@ -240,12 +240,12 @@ def crashes_and_lies(trixie: Machine) -> None:
 def hangs(bookworm: Machine) -> None:
     restart(bookworm, "hang")  # and it answers all the same
     pid = pid_of(bookworm)
-    assert host(bookworm, "unheard", within_s=40)["gpus"] == []
+    assert host(bookworm, "unheard", within_s=120)["gpus"] == []
     # The program was ended by its own alarm, and the node asks again by itself.
     bookworm.write("/etc/nvml-stand-in", "card\n")
-    assert host(bookworm, "read", within_s=60)["tier"] == "executive"
+    assert host(bookworm, "read", within_s=300)["tier"] == "executive"
     assert pid_of(bookworm) == pid
-    assert "status=14/ALRM" in bookworm.journal("-u", "mycoswarm-probe@*")
+    bookworm.wait_until("journalctl -b -u 'mycoswarm-probe@*' | grep -qF status=14/ALRM")
 
 
 def inside(machine: Machine, unit: str, *lines: str) -> dict[str, Any]:
