@@ -21,7 +21,7 @@ from tests.swarm.attackers.talk import Talk, client_context, server_context
 from tests.swarm.conftest import open_lab
 from tests.swarm.lab import PORT, ROOT, Capture, Host, Lab, LabNode, need, wait_until
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("swarm-outside")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900), pytest.mark.xdist_group("swarm-outside")]
 # It needs an older cryptography than the node is tested with: an environment of its own.
 SSLYZE = "sslyze==6.3.1"
 # With a plus: run also where the first hello (of TLS 1.2) is answered with silence.
@@ -85,14 +85,14 @@ def scan(program: Path, lab: Lab, target: str) -> dict:  # type: ignore[type-arg
     def look(index: int, commands: str) -> dict:  # type: ignore[type-arg]
         # Each from a machine of its own: a stranger has so many handshakes, and these scans need more.
         source = lab.hosts[f"scanner{index}"]
-        said = source.run(str(program), "tests/swarm/attackers/sslyze_scan.py", target, str(PORT), commands)
-        result = json.loads(said)
-        assert result["scan_status"] == "COMPLETED", result["connectivity_error_trace"]
-        return {
-            name: found["result"]
-            for name, found in result["scan_result"].items()
-            if found and found["result"]
-        }
+        for _ in range(5):  # of a machine that is busy, sslyze says that it does not answer
+            command = (str(program), "tests/swarm/attackers/sslyze_scan.py", target, str(PORT), commands)
+            result = json.loads(source.run(*command))
+            scans = result["scan_result"] or {}
+            found = {name: one["result"] for name, one in scans.items() if one and one["result"]}
+            if result["scan_status"] == "COMPLETED" and set(commands.split(",")) <= set(found):
+                return found
+        raise AssertionError(f"no answer to {commands}")
 
     with ThreadPoolExecutor(len(SCANS)) as pool:
         parts = list(pool.map(look, range(len(SCANS)), SCANS))
@@ -135,15 +135,16 @@ def test_sslyze_finds_tls_1_3_and_nothing_else(sslyze: Path, member: tuple[Lab, 
 
 
 def nmap(source: Host, target: str) -> dict[str, str]:
-    """Return what nmap's scripts say, by script."""
+    """Return what nmap's scripts say, by script; nothing where it was not answered in time."""
     need("nmap")
     out = source.run("nmap", "-Pn", "-n", f"-p{PORT}", "--script", NMAP, "-oX", "-", target)
-    return {one.attrib["id"]: one.attrib["output"] for one in ET.fromstring(out).iter("script")}
+    said = {one.attrib["id"]: one.attrib["output"] for one in ET.fromstring(out).iter("script")}
+    return said if "ssl-cert" in said else {}
 
 
 def test_nmap_finds_the_same(member: tuple[Lab, LabNode, Host]) -> None:
     lab, node, scanner = member
-    said = nmap(scanner, node.host.ip)
+    said = wait_until(lambda: nmap(scanner, node.host.ip), within_s=300)
     assert f"commonName={node.id}" in said["ssl-cert"] and "ED25519" in said["ssl-cert"]
     assert "9999-12-31" in said["ssl-cert"]
     versions = set(re.findall(r"(TLSv1\.\d|SSLv\d)", said.get("ssl-enum-ciphers", "TLSv1.3")))
@@ -151,7 +152,8 @@ def test_nmap_finds_the_same(member: tuple[Lab, LabNode, Host]) -> None:
     assert not any("VULNERABLE" in output for output in said.values()) and "sslv2" not in said
     ordinary = lab.hosts["ordinary"]
     with ordinary_server(ordinary) as key:
-        assert f"commonName={key.node_id}" in nmap(scanner, ordinary.ip)["ssl-cert"]
+        said = wait_until(lambda: nmap(scanner, ordinary.ip), within_s=300)
+        assert f"commonName={key.node_id}" in said["ssl-cert"]
 
 
 def has_ticket(source: Host, target: str) -> bool:
@@ -196,15 +198,15 @@ def a_day(lab: Lab, during: Callable[[list[LabNode]], None]) -> tuple[list[LabNo
     lab.admit(one, three)
     lab.wait_agreed([one, two, three])
     for _ in range(3):
-        assert one.ask(PROMPT).status == 200
+        one.answered(PROMPT)
     assert one.ask(PROMPT, stream=True).status == 200
     one.ok("POST", "/api/swarm/revoke", {"node": three.id, "reason": "sold-to-Balthazar"})
-    wait_until(lambda: not two.row(three.id), within_s=10)
+    wait_until(lambda: not two.row(three.id))
     two.id = two.ok("POST", "/api/swarm/rekey", {})["id"]
-    wait_until(lambda: one.sees(two.id), within_s=15)
+    wait_until(lambda: one.sees(two.id))
     two.restart()
-    wait_until(lambda: one.sees(two.id), within_s=15)
-    assert one.ask(PROMPT).status == 200
+    wait_until(lambda: one.sees(two.id))
+    one.answered(PROMPT)
     return [one, two, three], code
 
 
@@ -244,7 +246,6 @@ def record_kinds(data: bytes) -> Iterator[int]:
         data = data[5 + int.from_bytes(data[3:5], "big") :]
 
 
-@pytest.mark.timeout(120)
 def test_a_days_traffic_is_tls_1_3_and_says_nothing(lab: Lab) -> None:
     need("tshark")
     with contextlib.ExitStack() as stack:
@@ -283,9 +284,13 @@ def test_a_days_traffic_is_tls_1_3_and_says_nothing(lab: Lab) -> None:
 
 def test_a_node_at_rest_says_little(lab: Lab) -> None:
     one, two = lab.swarm_of(2)
-    time.sleep(3)  # the announcements of the beginning
-    with lab.capture() as cable:
-        time.sleep(6)
-    sent = sum(len(frame) for frame in cable.frames)
-    assert 0 < sent / 6 / 2 < 3000, sent  # bytes a second of each
-    assert one.sees(two)
+    rates = []
+    for _ in range(5):  # the beginning, with its announcements, is longer on a slow machine
+        time.sleep(3)
+        with lab.capture() as cable:
+            time.sleep(6)
+        rates.append(sum(len(frame) for frame in cable.frames) / 6 / 2)  # bytes a second of each
+        if 0 < rates[-1] < 3000:
+            break
+    assert 0 < rates[-1] < 3000, rates
+    wait_until(lambda: one.sees(two))
