@@ -17,10 +17,11 @@ from mycoswarmd.wire.probing import LINE_BYTES, Gpu, Gpus, Reading, encode_repor
 from mycoswarmd.wire.proof import EXPECTED, Check, Proof, Unit
 from tests.cores import accepting, appliance
 from tests.integration.apis import Clock
-from tests.integration.test_appliance_core import SAYS_HELLO, engine_settings, until
+from tests.integration.test_appliance_core import SAYS_HELLO, engine_settings
+from tests.nodes import until
 from tests.upstream import upstream
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 QUIET = "managed_engine = false\ndiscovery = false\n"
 CARD = Gpu(name="NVIDIA GeForce RTX 3090", memory_bytes=24 << 30, temperature_c=40)
 ANSWER = Gpus(reading=Reading.READ, found=(CARD,), driver="550.163.01", detail="1 found")
@@ -65,14 +66,15 @@ class Probe:
         self.script = path / "probe.py"
         self.clock = Clock()
         self.proofs: list[Proof] = []
-        self.watch = GpuWatch(self.start, clock=self.clock, proved=self.proofs.append, within_s=1.0)
+        self.watch = GpuWatch(self.start, clock=self.clock, proved=self.proofs.append, within_s=60.0)
         self.starts = 0
 
     async def start(self) -> OutpostProcess:
         self.starts += 1
         return await connect_outpost(self.socket, line_bytes=LINE_BYTES)
 
-    def look(self, source: str) -> Gpus:
+    def look(self, source: str, *, within_s: float = 60.0) -> Gpus:
+        self.watch._within_s = within_s
         self.script.write_text(source)
         with accepting(self.socket, (sys.executable, "-I", str(self.script))):
             found = asyncio.run(self.watch.look())
@@ -89,13 +91,15 @@ def probe(tmp_path: Path) -> Probe:
 def test_a_probe_in_trouble_costs_an_answer_and_says_why(probe: Probe, trouble: str) -> None:
     source, said = TROUBLE[trouble]
     started_s = time.monotonic()
-    found = probe.look(source)
+    found = probe.look(source, within_s=1.0)
+    if said not in found.detail:  # on a machine that is busy it has not even begun by then
+        found = probe.look(source, within_s=15.0)
     assert (found.reading, found.found) == (Reading.UNHEARD, ())
     assert said in found.detail
     assert probe.watch.gpus == found
     assert "graphics cards are unknown: " in probe.watch.problem()
     assert probe.watch.problem().isprintable() and len(probe.watch.problem()) < 400
-    assert time.monotonic() - started_s < 8
+    assert time.monotonic() - started_s < 50  # it would sleep for a minute
     assert probe.look(GOOD) == ANSWER  # the next one is heard
     assert (probe.watch.gpus, probe.watch.problem()) == (ANSWER, "")
 
@@ -136,7 +140,7 @@ def test_where_there_is_no_probe_nothing_is_known_and_nothing_is_wrong(probe: Pr
 
 def test_it_is_asked_once_and_again_only_for_who_looks_after_a_minute(probe: Probe) -> None:
     async def scenario() -> None:
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             watching = group.create_task(probe.watch.run())
             while probe.watch.gpus != ANSWER:
                 await asyncio.sleep(0.01)
@@ -157,7 +161,7 @@ def test_it_is_asked_once_and_again_only_for_who_looks_after_a_minute(probe: Pro
 
 def test_who_looks_while_a_probe_hangs_does_not_start_another(probe: Probe) -> None:
     async def scenario() -> None:
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             watching = group.create_task(probe.watch.run())
             while probe.watch.gpus.reading is not Reading.UNHEARD:
                 probe.watch.want()
@@ -166,6 +170,7 @@ def test_who_looks_while_a_probe_hangs_does_not_start_another(probe: Probe) -> N
             assert probe.starts == 1
             watching.cancel()
 
+    probe.watch._within_s = 1.0
     probe.script.write_text(TROUBLE["hangs"][0])
     with accepting(probe.socket, (sys.executable, "-I", str(probe.script))):
         asyncio.run(scenario())
@@ -213,7 +218,7 @@ tier = ["executive"]
     ):
 
         def status(reading: str) -> dict[str, Any]:
-            give_up_s = time.monotonic() + 20
+            give_up_s = time.monotonic() + 60
             while True:
                 found: dict[str, Any] = core.call("GET", "/api/status").json
                 if found["host"]["gpu_reading"]["result"] == reading:
