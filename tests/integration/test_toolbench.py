@@ -89,7 +89,7 @@ async def call_of(engine: Engine, request: str, choice: str) -> tuple[str, dict[
     return call.name, arguments
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("choice", "least"),
     [
