@@ -223,5 +223,6 @@ def wait_all_succeeded(machine: Shell, acknowledged: Sequence[str], *, within_s:
     node_api(machine, "wait", ",".join(FINAL), *acknowledged, timeout_s=within_s)
     steps = node_api(machine, "steps", *acknowledged)
     ends = {task: [step["to"] for step in steps[task] if step["to"] in FINAL] for task in acknowledged}
-    assert {task: steps[task] for task in acknowledged if ends[task] != ["succeeded"]} == {}
+    others = {task: steps[task] for task in acknowledged if ends[task] != ["succeeded"]}
+    assert others == {}, others
     ctl(machine, "audit", "verify")

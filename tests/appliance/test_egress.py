@@ -14,7 +14,7 @@ from tests.appliance.images import SUITES
 from tests.appliance.machines import OUTSIDE, Machine
 from tests.appliance.nodes import Swarm, ctl
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 UNITS = {
     "core": "mycoswarmd.service",
     "lan": "mycoswarm-lan.service",

@@ -13,7 +13,7 @@ from tests.appliance.nodes import ctl, ctl_json, wait_ready
 from tests.integration.engines import MODEL, MODEL_FILE
 
 HOME = "/var/lib/mycoswarm-engine"
-pytestmark = [pytest.mark.integration, pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.engine, pytest.mark.timeout(1200)]
 # What the unit says of itself, asked as the core may ask.
 PROOF = """
 import socket
@@ -103,7 +103,7 @@ def engine_of(machine: Machine) -> dict[str, Any]:
 
 
 def wait_served(machine: Machine) -> None:
-    machine.wait_until(f"mycoswarmctl models | grep -q {MODEL}", within_s=60)
+    machine.wait_until(f"mycoswarmctl models | grep -q {MODEL}", within_s=300)
 
 
 def test_it_answers_and_is_started_again_and_has_proved_that_it_is_confined(node: Machine) -> None:
@@ -119,17 +119,17 @@ def test_it_answers_and_is_started_again_and_has_proved_that_it_is_confined(node
     assert 61184 <= int(uid) <= 65519  # systemd's range for users that exist as long as a unit
     assert "mycoswarm-engine@" in node.run("cat", f"/proc/{pid}/cgroup").out
     node.run("kill", "-9", str(pid))
-    node.wait_until("mycoswarmctl status --json | grep -Eq '\"restarts\": ?1'", within_s=30)
+    node.wait_until("mycoswarmctl status --json | grep -Eq '\"restarts\": ?1'", within_s=120)
     assert ctl(node, "ask", "--model", MODEL, "--max-tokens", "4", "Hi").out
     second = engine_of(node)["pid"]
     assert second != pid
     # The node is killed, with whatever it was about to do: its engine is gone, and there is one again.
     node.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "mycoswarmd.service")
-    node.wait_until(f"! test -e /proc/{second}", within_s=10)
+    node.wait_until(f"! test -e /proc/{second}")
     wait_ready(node)
     wait_served(node)
-    units = node.run("systemctl", "list-units", "--no-legend", "--state=running", "mycoswarm-engine@*").out
-    assert len(units.splitlines()) == 1, units
+    units = "systemctl list-units --no-legend --state=running 'mycoswarm-engine@*'"
+    node.wait_until(f"test $({units} | wc -l) = 1")
 
 
 def test_each_check_of_its_proof_holds(node: Machine) -> None:

@@ -5,7 +5,7 @@ import pytest
 from tests.appliance.conftest import Images
 from tests.appliance.machines import OUTSIDE, Lab
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def test_a_machine_boots_runs_commands_and_keeps_its_disk_when_the_plug_is_pulled(

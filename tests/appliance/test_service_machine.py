@@ -28,19 +28,20 @@ from tests.appliance.nodes import (
     ctl_json,
     in_parallel,
     install,
+    proved,
     start_engine,
     submit,
     wait_ready,
     wait_task,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 PYTHON = "3.13"  # of Debian 13
 WHEELS = "/opt/wheels"
 CTL = "/home/alice/pipx/bin/mycoswarmctl"
 NEWER = "0.1.99"
 _LOCK = ROOT / "packaging/lock.txt"
-_PIP_S = 240
+_PIP_S = 600
 _LEFT = re.compile(r"^/(home/alice/pipx|opt/wheels|opt/fake|root|proc|sys|var/log/journal|tmp)\b")
 
 
@@ -53,7 +54,7 @@ class Installed:
 
     def service(self, *argv: str, check: bool = True) -> Ran:
         """Run `mycoswarmctl service` of the user's environment, as sudo does."""
-        return self.machine.run(CTL, "service", *argv, check=check, timeout_s=120)
+        return self.machine.run(CTL, "service", *argv, check=check, timeout_s=_PIP_S)
 
 
 def _pip(*argv: str) -> None:
@@ -105,8 +106,8 @@ def installed(appliance_lab: Lab, images: Images, wheels: Path) -> Iterator[Inst
     machine.push(wheels / "wheels", "/opt")
     machine.write("/etc/pip.conf", f"[global]\nno-index = true\nfind-links = {WHEELS}\n")
     machine.run("python3", "-m", "venv", "/home/alice/pipx", user="alice")
-    machine.run("/home/alice/pipx/bin/pip", "install", "-q", "mycoswarmd", user="alice", timeout_s=120)
-    done = machine.run(CTL, "service", "install", timeout_s=120)
+    machine.run("/home/alice/pipx/bin/pip", "install", "-q", "mycoswarmd", user="alice", timeout_s=_PIP_S)
+    done = machine.run(CTL, "service", "install", timeout_s=_PIP_S)
     wait_ready(machine)
     start_engine(machine)
     machine.run("systemctl", "restart", "mycoswarmd")
@@ -124,14 +125,12 @@ def test_the_node_is_a_service_that_has_proved_all_it_should(installed: Installe
     owners = machine.sh("find /opt/mycoswarm ! -user root -o -perm /022 ! -type l").out
     assert owners == ""  # nothing that runs as another user is anybody's but root's
     assert wait_task(machine, submit(machine, "so that a cage has proved itself"))["state"] == "succeeded"
-    said = ctl_json(machine, "status", "--security")["security"]
-    assert {"core", "lan"} <= {row["unit"] for row in said["proofs"]}
+    said = proved(machine, "core", "lan")
     refuted = [(row["unit"], c["name"]) for row in said["proofs"] for c in row["checks"] if c["ok"] is False]
-    troubled = [row for row in said["unheard"] if row["problem"] != "has not run yet"]
-    assert refuted == [] and troubled == [] and said["cages"]["held"], said
+    assert refuted == [] and said["cages"]["held"], said
     running = machine.run("systemctl", "show", "-P", "ExecStart", "mycoswarmd").out
     assert "/opt/mycoswarm/sbin/mycoswarmd" in running
-    assert "The node has read its policy" in machine.run("journalctl", "-b", "-x", "-u", "mycoswarmd").out
+    machine.wait_until("journalctl -b -x -u mycoswarmd | grep -q 'The node has read its policy'")
 
 
 def test_what_was_edited_is_shown_and_an_installation_again_brings_this_version(
@@ -147,7 +146,9 @@ def test_what_was_edited_is_shown_and_an_installation_again_brings_this_version(
     settings = machine.run("cat", "/etc/mycoswarm/mycoswarm.toml").out
 
     machine.push(next((wheels / "later").glob("*.whl")), WHEELS)
-    machine.run("/home/alice/pipx/bin/pip", "install", "-q", "-U", "mycoswarmd", user="alice", timeout_s=120)
+    machine.run(
+        "/home/alice/pipx/bin/pip", "install", "-q", "-U", "mycoswarmd", user="alice", timeout_s=_PIP_S
+    )
     before = machine.run("systemctl", "show", "-P", "MainPID", "mycoswarmd").out
     itself = ctl(machine, "service", "install", check=False)  # which is still of the version before
     assert itself.code == 1 and "sudo ~/.local/bin/mycoswarmctl service install" in itself.err, itself
@@ -175,12 +176,13 @@ def test_it_and_the_package_do_not_meet_and_one_takes_up_what_the_other_left(
     assert "keeper" in ctl(machine, "keys", "list").out  # the service does not mind
 
     ctl(machine, "service", "uninstall")  # as apt has just said
+    # A cage that waited goes with the node, and systemd forgets it a moment later.
+    machine.wait_until("! pgrep -f '[m]ycoswarm' && ! ls /run/systemd/units /var/tmp | grep '[m]ycoswarm'")
     found = machine.sh("find / /run -xdev -name '*mycoswarm*' 2>/dev/null; true").out.splitlines()
     left = {line for line in found if not _LEFT.match(line)}
     state = {STATE, f"{STATE}/mycoswarm.db", f"{STATE}-engine", f"{STATE}-signer"}
     assert left <= {*state, "/etc/mycoswarm", "/etc/mycoswarm/mycoswarm.toml"}, left
     assert STATE in left
-    assert machine.run("pgrep", "-f", "mycoswarm", check=False).out == ""
 
     install(machine, images.deb)
     wait_ready(machine)
