@@ -441,6 +441,7 @@ async def test_a_stranger_that_drips_loses_its_connection() -> None:
 
         async def attempt() -> None:
             nonlocal drips
+            drips = 0
             async with node.connected(None) as connection:
                 with pytest.raises(OSError):  # noqa: PT011,PT012 - reset or broken pipe
                     for one in b"POST /swarm/pull HTTP/1.1\r\nHost: " + b"x" * 200:

@@ -22,7 +22,7 @@ SEED = int(os.environ.get("MYCOSWARM_CHAOS_SEED", str(time.time_ns() % 1_000_000
 COUNT = 10
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.timeout(240 + SECONDS * 2),
+    pytest.mark.timeout(900 + SECONDS * 2),
     pytest.mark.xdist_group("swarm-chaos"),
 ]
 
@@ -127,12 +127,19 @@ class World:
             parts[index].append(self.mallory)
             self.lab.partition(*parts)
 
+    def is_eventful(self, *, is_weakened: bool) -> bool:
+        """Tell whether everything has happened: on a slow machine that takes longer."""
+        if is_weakened:
+            return {"cut", "heal", "admit", "revoke"} <= set(self.done)
+        is_shown = self.served > 0 and self.refused > 0
+        return is_shown and {"cut", "heal", "admit", "revoke", "crash"} <= set(self.done)
+
     # --- what has to hold ---
 
     def check(self) -> None:
         """Heal, wait, and compare everybody's roster with what was done."""
         self.heal()
-        self.lab.wait_agreed(self.nodes, within_s=45)
+        self.lab.wait_agreed(self.nodes, within_s=120)
         for node in self.nodes:
             state = node.swarm()
             ids = {row["id"] for row in state["nodes"]}
@@ -145,7 +152,7 @@ class World:
             assert not self._is_served(self.keys[node_id], node), f"{node.name} serves the revoked"
         for node_id in self.admitted:
             node = self.chance.choice(self.nodes)
-            assert self._is_served(self.keys[node_id], node), f"{node.name} does not serve a member"
+            wait_until(lambda key=self.keys[node_id], node=node: self._is_served(key, node))  # type: ignore[misc]
 
 
 def run(lab: Lab, *, count: int, seconds: float, wrap: Sequence[str] = ()) -> World:
@@ -154,14 +161,14 @@ def run(lab: Lab, *, count: int, seconds: float, wrap: Sequence[str] = ()) -> Wo
     nodes = lab.swarm_of(count, wrap=wrap)
     for signer in nodes[1:3]:
         nodes[0].ok("POST", "/api/swarm/signers", {"node": signer.id})
-        wait_until(lambda signer=signer: signer.row(signer)["signer"], within_s=15)  # type: ignore[misc]
+        wait_until(lambda signer=signer: signer.row(signer)["signer"])  # type: ignore[misc]
     world = World(lab, nodes, lab.host("mallory"), random.Random(SEED), signers=nodes[:3])
     world.groups = [list(nodes)]
     acts = [world.cut] * 3 + [world.heal] * 2 + [world.admit] * 3 + [world.revoke] * 3 + [world.knock] * 12
     acts += [] if wrap else [world.crash] * 2  # what a weakened daemon clings to, it forgets in a crash
     give_up_s = time.monotonic() + seconds
     try:
-        while time.monotonic() < give_up_s:
+        while time.monotonic() < give_up_s or not world.is_eventful(is_weakened=bool(wrap)):
             world.chance.choice(acts)()
         world.check()
     except AssertionError as error:
