@@ -32,7 +32,7 @@ from tests.appliance.nodes import (
 from tests.appliance.virtual import Disk, VirtualMachine, kernel, why_not
 
 pytestmark = [
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(why_not() is not None, reason=f"no virtual machine: {why_not()}"),
 ]
 # More than a cage may have, by processes each of which may have that much.
@@ -57,7 +57,11 @@ while True:
 FINISH = ("finish", {"summary": "done"})
 # A word of the prompt, and what an agent does then; see virtual_engine.py.
 CALLS = {
-    "bomb": [("run", {"program": "python3", "args": ["-c", BOMB]}), FINISH],
+    # A tool may take two minutes: on a slow machine there is another after that, which is not the same call.
+    "bomb": [
+        *(("run", {"program": "python3", "args": ["-c", f"{BOMB}# {number}"]}) for number in range(9)),
+        FINISH,
+    ],
     "hog": [("run", {"program": "python3", "args": ["-c", HOG]}), FINISH],
     "number": [FINISH],
     "steady": [FINISH],
@@ -70,7 +74,7 @@ import glob, json, resource, subprocess, sys, time
 def value(name, key=None):
     text = open(f"{group}/{name}").read()
     return int(text if key is None else dict(row.split() for row in text.splitlines())[key])
-give_up = time.monotonic() + 200
+give_up = time.monotonic() + 600
 group = None
 while group is None:
     assert time.monotonic() < give_up
@@ -83,21 +87,31 @@ while group is None:
 if sys.argv[1:]:
     # Not those that the agent has set for itself and what it starts.
     for pid in open(f"{group}/cgroup.procs").read().split():
-        resource.prlimit(int(pid), resource.RLIMIT_NPROC, (4096, 4096))
+        try:
+            resource.prlimit(int(pid), resource.RLIMIT_NPROC, (4096, 4096))
+        except ProcessLookupError:
+            pass
 if sys.argv[2:]:
     unit = group.rpartition("/")[2]
     subprocess.run(["systemctl", "set-property", "--runtime", unit, *sys.argv[2:]], check=True)
+    while f"TasksMax={value('pids.max')}" not in sys.argv:
+        time.sleep(0.1)
+refused = value("pids.events", "max")
 most, since = 0, time.monotonic()
-while time.monotonic() < since + 2:
+# Until the unit's bound is met; where the agent's own comes first, until there are no more for a while.
+while value("pids.events", "max") == refused and time.monotonic() < (give_up if sys.argv[1:] else since + 5):
     if value("pids.current") > most:
         most, since = value("pids.current"), time.monotonic()
     time.sleep(0.1)
 refused = value("pids.events", "max")
-began, used = time.monotonic(), value("cpu.stat", "usage_usec")
-time.sleep(3)
-used = (value("cpu.stat", "usage_usec") - used) / 1e6 / (time.monotonic() - began)
+processors = []
+for _ in range(3):  # a machine that stands still for a moment takes all that time for processor time
+    began, used = time.monotonic(), value("cpu.stat", "usage_usec")
+    time.sleep(2)
+    processors.append((value("cpu.stat", "usage_usec") - used) / 1e6 / (time.monotonic() - began))
+    most = max(most, value("pids.current"))
 refused = value("pids.events", "max") - refused
-print(json.dumps({"processes": value("pids.current"), "refused": refused > 0, "processors": used}))
+print(json.dumps({"processes": most, "refused": refused > 0, "processors": processors}))
 """
 # The core, which takes more memory than it may have while /etc/balloon has its process's number in it.
 BALLOON = """
@@ -124,24 +138,21 @@ ExecStart=/usr/bin/python3 -I /usr/local/lib/balloon.py run --appliance
 CORE_BYTES_MAX = 1 << 30
 # What runs beside the core and has to go on, whatever becomes of it.
 BESIDE = ("mycoswarm-lan", "fake-engine", "dbus", "systemd-journald", "systemd-logind")
-# Says the number of each row that it has put into a database of the kind of the node's, but not made sure.
+# Says each number that it has written into a file, but not made sure. Its place is there before: what other
+# programs make sure, the node above all, takes new places along, and not what is in old ones.
 UNSURE = """
-import itertools, sqlite3, time
-rows = sqlite3.connect("/var/lib/unsure.db", isolation_level=None)
-rows.execute("pragma journal_mode = wal")
-rows.execute("pragma synchronous = off")
-rows.execute("create table said (number)")
-for number in itertools.count():
-    rows.execute("insert into said values (?)", (number,))
+import itertools, os, time
+file = os.open("/var/lib/unsure", os.O_RDWR | os.O_CREAT)
+os.write(file, bytes(8))
+os.fsync(file)
+for number in itertools.count(1):
+    os.pwrite(file, number.to_bytes(8, "big"), 0)
     print(number, flush=True)
     time.sleep(0.05)
 """
 COUNT = """
-import sqlite3
-try:
-    print(*sqlite3.connect("/var/lib/unsure.db").execute("select count(*) from said").fetchone())
-except sqlite3.Error:
-    print(0)
+with open("/var/lib/unsure", "rb") as file:
+    print(int.from_bytes(file.read(), "big"))
 """
 INTEGRITY = f"""
 import sqlite3
@@ -322,15 +333,16 @@ def test_a_fork_bomb_in_a_cage_is_bounded_and_the_node_goes_on(debian12: Virtual
     debian12.write("/root/measure.py", MEASURE)
     bomb = post(debian12, "bomb")
     bounded = json.loads(debian12.run("python3", "/root/measure.py").out)
-    assert 60 < bounded["processes"] <= TASKS_MAX and bounded["processors"] < 1.1, bounded
+    assert 60 < bounded["processes"] <= TASKS_MAX and min(bounded["processors"]) < 1.1, bounded
     assert ctl(debian12, "ask", "--model", "ok", "hello").out == "Hello there\n"
     # What stopped it is the agent's own bound; behind that is the unit's.
     bounded = json.loads(debian12.run("python3", "/root/measure.py", "free").out)
-    assert bounded["processes"] == TASKS_MAX and bounded["refused"] and bounded["processors"] < 1.1, bounded
+    assert bounded["processes"] == TASKS_MAX and bounded["refused"], bounded
+    assert min(bounded["processors"]) < 1.1, bounded
     # The control: the same bomb, the unit's bounds wider.
     more = ("TasksMax=100", "CPUQuota=200%")
     wider = json.loads(debian12.run("python3", "/root/measure.py", "free", *more).out)
-    assert wider["processes"] == 100 and wider["processors"] > 1.15, wider
+    assert wider["processes"] == 100 and max(wider["processors"]) > 1.15, wider
     ctl(debian12, "cancel", bomb)
     assert wait_task(debian12, bomb)["state"] == "cancelled"
     debian12.wait_until("! pgrep -f '[o]s.fork()'")
@@ -347,10 +359,10 @@ def test_no_task_is_lost_with_the_power(debian12: VirtualMachine) -> None:
         debian12.start("python3", "-c", UNSURE) as unsure,
         debian12.start("sh", "-c", "while mycoswarmctl ask --model slow hello; do :; done") as prompts,
     ):
-        prompts.wait_said("w1 ", 30 * debian12.patience)
-        unsure.wait_said("0\n", 30 * debian12.patience)
+        prompts.wait_said("w1 ", 60 * debian12.patience)
+        unsure.wait_said("1\n", 60 * debian12.patience)
         with debian12.start("python3", "/opt/node_api.py", "pour") as poster:
-            poster.wait_said("\n", 30 * debian12.patience, times=4)
+            poster.wait_said("\n", 60 * debian12.patience, times=4)
             assert not prompts.is_over, prompts.err
             debian12.pull_plug()
     # The last line may be half of one.
@@ -359,7 +371,7 @@ def test_no_task_is_lost_with_the_power(debian12: VirtualMachine) -> None:
     debian12.plug_in(*OLD_GROUPS)
     debian12.wait_booted()
     # The control: it was the power that went, and not only the processes.
-    assert int(debian12.python(COUNT).out) < len(unsure.out.split("\n")[:-1])
+    assert int(debian12.python(COUNT).out) < int(unsure.out.split("\n")[-2])
     wait_ready(debian12)
     assert debian12.python(INTEGRITY).out == "('ok',)\n"
     go_on(debian12)
@@ -390,8 +402,8 @@ def test_with_the_old_control_groups_the_node_says_what_does_not_hold(debian12: 
 def test_a_root_that_can_only_be_read_is_named(bare: VirtualMachine) -> None:
     assert bare.run("touch", "/root/x", check=False).code != 0
     bare.wait_until("systemctl show -P Result mycoswarmd | grep -v success")
-    refused = ctl(bare, "status", check=False)
-    assert refused.code != 0 and "Read-only file system" in refused.err, refused
+    # What systemd knows of it is not said where systemd needs more than a few seconds to say it.
+    bare.wait_until("! mycoswarmctl status 2>/run/said && grep 'Read-only file system' /run/said")
     assert "can only be read" in ctl(bare, "doctor", check=False).out
     bare.run("mount", "-o", "remount,rw", "/")
     # It tries again by itself.
