@@ -163,14 +163,14 @@ async def test_silence_is_noticed_and_speech_at_once(home: Home, monkeypatch: py
     await ready(a, b)
     loop = asyncio.get_running_loop()
     took_s: list[float] = []
-    while not any(0.5 < one < 6.0 for one in took_s):  # up to 2 s after this node's last heartbeat
-        assert len(took_s) < 3, took_s  # the machine itself may be silent for a while
+    while max(took_s, default=0) <= 0.5:  # up to 2 s after this node's last heartbeat
+        assert len(took_s) < 5, took_s  # the machine itself may have been silent just before
         b.behaviour.is_silent = True
         began_s = loop.time()
         await a.until(lambda: a.state_of(b).state is Reach.UNREACHABLE)
         took_s.append(loop.time() - began_s)
         assert a.fleet.client(b.id) is None and a.words() == {}
-        assert "silent" in a.state_of(b).detail
+        assert "silent for 3 s" in a.state_of(b).detail  # the limit of this test, and no other
         b.behaviour.is_silent = False
         await ready(a, b)
 
