@@ -8,15 +8,12 @@ authentication; to a stranger at the swarm's listener everything but its own few
 import asyncio
 import contextlib
 import errno
-import io
 import logging
-import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 from aiohttp import web
@@ -24,29 +21,21 @@ from aiohttp.web_request import BaseRequest
 from aiohttp.web_response import Response, StreamResponse
 
 from mycoswarmd.api.access import Caller, Door, Doorman, Listener, Who, role_needed, share_of, with_way_out
+from mycoswarmd.api.answer import last, refusal, send
+from mycoswarmd.api.bind import BACKLOG
+from mycoswarmd.api.body import BODY_S, check_head, check_parts, pieces_of, read_body
 from mycoswarmd.api.call import ROSTER_HEADER, Call
-from mycoswarmd.api.handler import abort
 from mycoswarmd.api.lines import KEEPALIVE_S, Bounds, Line, Lines, LineServer
 from mycoswarmd.api.porch import Buckets, Rate, source_of
-from mycoswarmd.api.room import PER_BYTE, BodyRoom, Keep, Size, weigh
+from mycoswarmd.api.room import BodyRoom, Keep, Size
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Route, make_router
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.evaluate import Permit, evaluate
 from mycoswarmd.core.types import Action, Request, TaskId
-from mycoswarmd.errors import (
-    BadRequest,
-    ConfigError,
-    Denied,
-    MycoswarmError,
-    NotFound,
-    Unavailable,
-)
-from mycoswarmd.wire.openai import encode_error
+from mycoswarmd.errors import BadRequest, Denied, MycoswarmError, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
 
-# A client that sends its body slower than this holds a connection for nothing.
-_BODY_S = 60.0
 _STOP_S = 5.0
 # A member's rosters come a few at a time, so that it holds up itself and nobody else.
 _MEMBER_AT_ONCE = 4
@@ -68,17 +57,10 @@ _ANSWERS = {
     Who.NODE: Size(16 << 20, 32 << 20),
     Who.STRANGER: Size(8 << 20, 8 << 20),
 }
-_PIECE_BYTES = 256 << 10
-_BESIDE = ("Server", ROSTER_HEADER)
-_READER_S = 120.0  # the largest at 0.3 MB/s
 # How many tasks are being posted, which may have to wait for a person, whether or not their callers are still
 # there: no bound of connections counts those.
 _POSTED = Size(64, 256)
-# So little is not counted: a connection's own buffers are larger, and who only says that it will send much
-# takes nothing.
-_UNCOUNTED_BYTES = 32 << 10
 # JSON is parsed without letting any other task run.
-_PARTS = (b"[", b"{", b":")
 _PARTS_OF_MEMBER = 1 << 17
 _PARTS_OF_STRANGER = 1 << 12
 # What a stranger may ask for: a newcomer needs some ten requests, one a second while a person decides.
@@ -91,7 +73,6 @@ _SHAKES_OF_ALL = Rate(burst=1024, per_s=128)
 _ANSWER_S = 30.0
 # A peer that does not say goodbye keeps a connection that is closed on our side for so long.
 _GOODBYE_S = 2.0
-_BACKLOG = 256
 # What the policy does not decide before the handler runs.
 _FREE = frozenset({Gate.OPEN, Gate.INSIDE, Gate.INVITED})
 # What accept says of a connection that ended before it was accepted; anything else is ours, mostly too many
@@ -114,7 +95,7 @@ class Api:
         self._services = services
         self._doorman = doorman
         self._router = make_router(routes)
-        self._rooms = {kind: BodyRoom(size, patience_s=_BODY_S) for kind, size in _ROOMS.items()}
+        self._rooms = {kind: BodyRoom(size, patience_s=BODY_S) for kind, size in _ROOMS.items()}
         self._posted = {kind: BodyRoom(_POSTED, patience_s=0) for kind in _ROOMS}
         self._answers = {kind: BodyRoom(size, patience_s=0) for kind, size in _ANSWERS.items()}
         self._of_member: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
@@ -162,10 +143,11 @@ class Api:
             if line is None:
                 return Response(status=499)  # it ended before its request was looked at
             if listener.door is Door.SWARM:
-                return await self._sent(line, request, await self._serve_peer(line, request))
+                response = await self._serve_peer(line, request)
+                return await send(line, request, response, self._answers[line.kind])
             line.allow(None)
             response = await _answered(self._serve(listener, line, request))
-            response = await self._sent(line, request, response)
+            response = await send(line, request, response, self._answers[line.kind])
             line.allow(self._lines.patience_s(line) + (0 if line.is_unproved else KEEPALIVE_S))
             return response
 
@@ -178,7 +160,7 @@ class Api:
                 async with self._accepting(sock, server, ssl_context):
                     yield
             else:
-                await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+                await web.SockSite(runner, sock, backlog=BACKLOG).start()
                 yield
         finally:
             self._lines.cut_all(listener.door, only_endless=True)
@@ -190,7 +172,7 @@ class Api:
         self, sock: socket.socket, server: LineServer, context: ssl.SSLContext
     ) -> AsyncIterator[None]:
         sock.setblocking(False)  # noqa: FBT003
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
         with sock:
             async with asyncio.TaskGroup() as group:
                 accepting = group.create_task(self._accept(group, sock, server, context), name="accept")
@@ -239,33 +221,6 @@ class Api:
                 ssl_shutdown_timeout=_GOODBYE_S,
             )
 
-    async def _sent(self, line: Line, request: BaseRequest, response: StreamResponse) -> StreamResponse:
-        """Send an answer that is large, and count it for as long as that takes."""
-        if not isinstance(response, Response) or response.prepared or not isinstance(response.body, bytes):
-            return response
-        if (size_bytes := len(whole := response.body)) <= _UNCOUNTED_BYTES or request.method == "HEAD":
-            return response
-        try:
-            with self._answers[line.kind].taken_now(line.who, size_bytes):
-                async with asyncio.timeout(_READER_S):
-                    await response.prepare(request)
-                    # aiohttp keeps it until the next request on this connection.
-                    response.body = None
-                    # In pieces: of one that is whole, TLS takes all at once, and says that it is gone.
-                    for start in range(0, size_bytes, _PIECE_BYTES):
-                        await response.write(whole[start : start + _PIECE_BYTES])
-                    await response.write_eof()
-        except Unavailable as exc:
-            refusal = _refusal(exc)
-            # What a member or a stranger is told beside every answer, and nothing else.
-            refusal.headers.update(
-                {name: response.headers[name] for name in _BESIDE if name in response.headers}
-            )
-            return _last(refusal) if response.keep_alive is False else refusal
-        except TimeoutError:
-            abort(line.transport)
-        return response
-
     # --- local users and programs ----------------------------------------------------------------
 
     async def _serve(self, listener: Listener, line: Line, request: BaseRequest) -> StreamResponse:
@@ -299,7 +254,7 @@ class Api:
                 raise line.refusal
             caller = self._doorman.admit_peer(line.node_id, request)
         except MycoswarmError as exc:
-            return _last(_refusal(exc))
+            return last(refusal(exc))
         if caller.is_stranger:
             line.who = line.source
             return await self._serve_stranger(line, caller, request)
@@ -317,19 +272,19 @@ class Api:
     async def _serve_stranger(self, line: Line, caller: Caller, request: BaseRequest) -> StreamResponse:
         route = self._route_of_stranger(request)
         if not self._knocks.take(line.source):
-            response: StreamResponse = _refusal(
+            response: StreamResponse = refusal(
                 Unavailable("too-many-requests", "cannot answer strangers so often", http_status=429)
             )
         elif route is None:
-            response = _refusal(NotFound("no-such-route", "cannot find this path"))
+            response = refusal(NotFound("no-such-route", "cannot find this path"))
         else:
             response = await _answered(self._enter(route, {}, caller, request, line=line))
             if route.goes_on and response.keep_alive is not False:
                 line.allow(self._bounds.patience_s)
                 return response
             line.allow(_ANSWER_S)
-            return _last(response)
-        return _last(response)
+            return last(response)
+        return last(response)
 
     def _route_of_stranger(self, request: BaseRequest) -> Route | None:
         found = self._router.find(request.method, request.path)
@@ -402,19 +357,19 @@ class Api:
     ) -> StreamResponse:
         body, pieces = b"", None
         if route.body_in_pieces:
-            _check_head(request, route.body_bytes)
-            pieces = _pieces(request, route.body_bytes)
+            check_head(request, route.body_bytes)
+            pieces = pieces_of(request, route.body_bytes)
         elif request.body_exists:
 
             def take_room(size_bytes: int) -> Awaitable[Keep]:
                 room = self._rooms[self._kind_of(caller)]
                 return held.enter_async_context(room.taken(share_of(caller.principal), size_bytes))
 
-            body = await _read_body(request, route.body_bytes, take_room)
+            body = await read_body(request, route.body_bytes, take_room)
             if line is not None:
-                _check_parts(body, _PARTS_OF_STRANGER)
+                check_parts(body, _PARTS_OF_STRANGER)
             elif roster and route.gate is not Gate.INSIDE:
-                _check_parts(body, _PARTS_OF_MEMBER)
+                check_parts(body, _PARTS_OF_MEMBER)
         if line is not None:
             line.allow(_ANSWER_S)
         call = Call(request, caller.principal, self._services, names, body, caller.start, roster, pieces)
@@ -489,13 +444,13 @@ async def _answered(
     try:
         return await answer
     except MycoswarmError as exc:
-        return _refusal(exc if asker is None else with_way_out(exc, asker))
+        return refusal(exc if asker is None else with_way_out(exc, asker))
     except ConnectionError:  # the client is gone; there is nobody to tell
         return Response(status=499)
     except Exception:
         # A bug of ours: the log gets the traceback, the person gets neither it nor a hang.
         log.exception("a request failed")
-        return _refusal(MycoswarmError("internal-error", "cannot answer: an internal error, see the log"))
+        return refusal(MycoswarmError("internal-error", "cannot answer: an internal error, see the log"))
 
 
 async def _to_its_end(
@@ -504,174 +459,3 @@ async def _to_its_end(
     """Answer, and give back what is held for the body only then, whoever went away meanwhile."""
     async with held:
         return await _answered(route.handler(call), caller)
-
-
-async def _read_body(
-    request: BaseRequest, at_most_bytes: int, take_room: Callable[[int], Awaitable[Keep]]
-) -> bytes:
-    """Read the body within the route's bound; refuse a larger one before reading it where it says so."""
-    _check_head(request, at_most_bytes)
-    length = request.content_length
-    body = io.BytesIO()  # hands over what it holds without a copy
-    first_bytes = min(_UNCOUNTED_BYTES, at_most_bytes)
-    keep: Keep | None = None
-    if not await _read_on(request, body, first_bytes) and at_most_bytes > first_bytes:
-        keep = await take_room(PER_BYTE * (at_most_bytes if length is None else length))
-        await _read_on(request, body, at_most_bytes)
-    if body.tell() > at_most_bytes:
-        raise _too_large(at_most_bytes)
-    whole = body.getvalue()
-    weight_bytes = weigh(whole)
-    if keep is not None:
-        await keep(weight_bytes)
-    elif weight_bytes > _UNCOUNTED_BYTES:
-        await take_room(weight_bytes)
-    return whole
-
-
-async def _read_on(request: BaseRequest, body: io.BytesIO, to_bytes: int) -> bool:
-    """Read until the end, or until there is more than so much; tell whether that was the end."""
-    with _body_errors():
-        async with asyncio.timeout(_BODY_S):
-            async for piece in request.content.iter_any():
-                body.write(piece)
-                if body.tell() > to_bytes:
-                    return False
-    return True
-
-
-def _check_head(request: BaseRequest, at_most_bytes: int) -> None:
-    """Refuse a body by what its request says of it."""
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise BadRequest("compressed-body", "cannot read a compressed body: send it plain", http_status=415)
-    if request.content_length is not None and request.content_length > at_most_bytes:
-        raise _too_large(at_most_bytes)
-
-
-async def _pieces(request: BaseRequest, at_most_bytes: int) -> AsyncIterator[bytes]:
-    """Yield the body within the route's bound as it comes; what its taker does with it costs no time."""
-    clock = asyncio.get_running_loop().time
-    left_s, size_bytes = _BODY_S, 0
-    while True:
-        asked_s = clock()
-        with _body_errors():
-            async with asyncio.timeout(left_s):
-                piece = await request.content.readany()
-        left_s -= clock() - asked_s
-        size_bytes += len(piece)
-        if size_bytes > at_most_bytes:
-            raise _too_large(at_most_bytes)
-        if not piece:
-            return
-        yield piece
-
-
-@contextlib.contextmanager
-def _body_errors() -> Iterator[None]:
-    """Say what can go wrong while a body comes."""
-    try:
-        yield
-    except web.RequestPayloadError:
-        raise BadRequest("bad-body", "cannot read the request: its body is malformed") from None
-    except TimeoutError as exc:
-        raise BadRequest(
-            "slow-body", f"cannot read the request: no end after {_BODY_S:.0f} s", http_status=408
-        ) from exc
-
-
-def _check_parts(body: bytes, at_most: int) -> None:
-    """Refuse what would take long to parse, and a lot of memory."""
-    if len(body) > at_most and sum(map(body.count, _PARTS)) > at_most:
-        raise BadRequest("too-intricate", "cannot read the request: it has too many parts", http_status=413)
-
-
-def _too_large(at_most_bytes: int) -> BadRequest:
-    return BadRequest(
-        "too-large",
-        f"cannot take a body of more than {at_most_bytes} bytes here",
-        http_status=413,
-    )
-
-
-def _last(response: StreamResponse) -> StreamResponse:
-    """Make a response the last one of its connection."""
-    if not response.prepared:
-        response.force_close()
-    return response
-
-
-def _refusal(exc: MycoswarmError) -> Response:
-    headers = {}
-    if isinstance(exc, Unavailable):
-        headers["Retry-After"] = str(exc.retry_after_s)
-    if exc.receipt:
-        headers["X-Mycoswarm-Receipt"] = exc.receipt
-    if isinstance(exc, Denied) and exc.rule:
-        headers["X-Mycoswarm-Rule"] = exc.rule
-    if exc.http_status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    response = Response(
-        body=encode_error(exc), status=exc.http_status, content_type="application/json", headers=headers
-    )
-    if exc.http_status in {408, 413} or exc.code == "too-many-connections":
-        response.force_close()  # the rest of the body, or of the connection, is not worth having
-    return response
-
-
-def bind_unix(path: Path, *, mode: int) -> socket.socket:
-    """Bind a unix socket; a stale one of a dead daemon is replaced."""
-    if len(os.fsencode(path)) > 107:
-        raise ConfigError(
-            "socket-path-too-long",
-            f"cannot listen on {str(path)!r}: a unix socket's path has at most 107 bytes",
-            hint="choose a shorter --state directory",
-        )
-    if _is_answered(path):
-        raise ConfigError("already-running", f"cannot listen on {str(path)!r}: another node answers there")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        path.unlink(missing_ok=True)
-        sock.bind(str(path))
-        path.chmod(mode)
-    except OSError as exc:
-        sock.close()
-        raise ConfigError("bad-socket", f"cannot listen on {str(path)!r}: {exc.strerror}") from exc
-    return sock
-
-
-def _is_answered(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            sock.connect(str(path))
-        except OSError:
-            return False
-        return True
-
-
-def bind_tcp(
-    host: str, port: int, *, hint: str = "choose another with --listen, or --no-listen"
-) -> socket.socket:
-    """Bind a TCP socket to an address in numbers; `::` is every address, also those of IPv4."""
-    every = host == "::"
-    if every and not socket.has_dualstack_ipv6():
-        every, host = False, "0.0.0.0"  # noqa: S104 - every address, on a kernel without IPv6
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-        )[0]
-        sock = socket.create_server(
-            address, family=family, backlog=_BACKLOG, reuse_port=False, dualstack_ipv6=every
-        )
-        sock.setblocking(False)  # noqa: FBT003
-    except OSError as exc:
-        raise ConfigError(
-            "port-taken",
-            f"cannot listen on {host}:{port}: {exc.strerror}",
-            hint=f"another program has it; {hint}",
-        ) from exc
-    return sock
-
-
-def bind_swarm(host: str, port: int) -> socket.socket:
-    """Bind the swarm's listener."""
-    return bind_tcp(host, port, hint='choose another with swarm_listen, or "none"')

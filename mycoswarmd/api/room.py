@@ -21,6 +21,9 @@ Keep = Callable[[int], Awaitable[None]]
 # A body, its text with four bytes for each character (one beyond the BMP makes all of them as wide), and what
 # goes on from here.
 PER_BYTE = 6
+# So little is not counted: a connection's own buffers are larger, and who only says that it will send much
+# takes nothing.
+UNCOUNTED_BYTES = 32 << 10
 # An empty list, an empty object, a key with its place in its object, an item that is a short text.
 _PER_SIGN = {b"[": 64, b"{": 64, b":": 168, b",": 64}
 _REST_BYTES = 8 << 10

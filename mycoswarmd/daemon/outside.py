@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from mycoswarmd.api.app import bind_tcp
+from mycoswarmd.api.bind import bind_tcp
 from mycoswarmd.daemon.settings import CageKind, Settings
 from mycoswarmd.errors import ConfigError
 from mycoswarmd.fleet.discovery import OutpostProcess

@@ -16,7 +16,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mycoswarmd.api.access import Doorman, Listener
-from mycoswarmd.api.app import Api, bind_tcp, bind_unix
+from mycoswarmd.api.app import Api
+from mycoswarmd.api.bind import bind_tcp, bind_unix
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.model import Policy
 from mycoswarmd.daemon.backup import backup

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mycoswarmd.api.access import SWARM_LISTENER, Doorman, Listener, RosterBook
-from mycoswarmd.api.app import Api, bind_tcp, bind_unix
+from mycoswarmd.api.app import Api
+from mycoswarmd.api.bind import bind_tcp, bind_unix
 from mycoswarmd.api.lines import Bounds, Lines
 from mycoswarmd.api.routes import ROUTES, Route
 from mycoswarmd.api.services import Services, SwarmDesk

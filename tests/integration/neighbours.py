@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mycoswarmd.api.access import SWARM_LISTENER, Doorman, Listener, RosterBook
-from mycoswarmd.api.app import Api, bind_tcp
+from mycoswarmd.api.app import Api
+from mycoswarmd.api.bind import bind_tcp
 from mycoswarmd.api.services import Services
 from mycoswarmd.core.policy.check import check_policy
 from mycoswarmd.core.policy.model import Policy

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mycoswarmd.api import app, openai, services
+from mycoswarmd.api import openai, services
 from mycoswarmd.api.room import Size
 from mycoswarmd.api.routes import ROUTES, Route
 from mycoswarmd.core.tasks import TaskSpec
@@ -192,7 +192,7 @@ async def test_nothing_is_read_from_someone_who_may_post_no_task() -> None:
 async def test_a_sender_that_is_too_slow_is_told_so_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(app, "_BODY_S", 0.5)
+    monkeypatch.setattr("mycoswarmd.api.body.BODY_S", 0.5)
     async with running_api() as node:
         anna = await node.admit("anna", role="operator")
         async with node.connected(anna) as one, asyncio.TaskGroup() as group:
@@ -219,7 +219,7 @@ async def test_a_slow_disk_is_not_the_senders_fault(monkeypatch: pytest.MonkeyPa
         calls.append(path)
         return real(path)
 
-    monkeypatch.setattr(app, "_BODY_S", 2.0)
+    monkeypatch.setattr("mycoswarmd.api.body.BODY_S", 2.0)
     monkeypatch.setattr("mycoswarmd.store.blobs.os.statvfs", slow)
     async with running_api() as node:
         anna = await node.admit("anna", role="operator")

@@ -19,7 +19,7 @@ from mycoswarmd.api import access, app, lines
 from mycoswarmd.api.access import Who
 from mycoswarmd.api.call import Call, json_answer
 from mycoswarmd.api.lines import Bounds
-from mycoswarmd.api.room import PER_BYTE, Size, weigh
+from mycoswarmd.api.room import PER_BYTE, UNCOUNTED_BYTES, Size, weigh
 from mycoswarmd.api.routes import ROUTES, SYNC_PATH, Gate, Handler, Route
 from mycoswarmd.ctl.unixhttp import open_answer
 from mycoswarmd.errors import Unavailable
@@ -378,7 +378,7 @@ _HEAVY = b'{"model": "none", "prompt": [' + b",".join([b'{"a":{}}'] * 2500) + b"
 @pytest.mark.parametrize("all_bytes", [1 << 20, 1 << 30], ids=["bounded", "control"])
 async def test_a_small_body_counts_for_what_it_makes(all_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(app._ROOMS, Who.PROGRAM, Size(all_bytes, all_bytes))
-    assert len(_HEAVY) < app._UNCOUNTED_BYTES and weigh(_HEAVY) > 600 << 10
+    assert len(_HEAVY) < UNCOUNTED_BYTES and weigh(_HEAVY) > 600 << 10
     running, may_end = 0, asyncio.Event()
 
     async def slow(call: Call) -> StreamResponse:

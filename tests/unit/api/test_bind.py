@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from mycoswarmd.api.app import bind_swarm, bind_tcp
+from mycoswarmd.api.bind import bind_swarm, bind_tcp
 from mycoswarmd.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.streams import StreamReader
 from aiohttp.test_utils import make_mocked_request
 
-from mycoswarmd.api.app import _read_body
+from mycoswarmd.api.body import read_body
 from mycoswarmd.api.room import PER_BYTE, Keep, weigh
 
 
@@ -37,7 +37,7 @@ async def test_a_body_is_in_memory_once() -> None:
     tracemalloc.start()
     try:
         sending = asyncio.create_task(send())
-        body = await _read_body(request, size_bytes, take_room)
+        body = await read_body(request, size_bytes, take_room)
         peak_bytes = tracemalloc.get_traced_memory()[1]
         await sending
     finally:
