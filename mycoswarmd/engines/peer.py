@@ -22,7 +22,9 @@ import aiohttp
 from mycoswarmd.core.policy.evaluate import Permit
 from mycoswarmd.core.types import Zone
 from mycoswarmd.engines.checks import check_permit, find_model
-from mycoswarmd.engines.peerhttp import MemberClient, Said, leave, parse_said
+from mycoswarmd.engines.peeranswer import Said, parse_said
+from mycoswarmd.engines.peerhttp import MemberClient
+from mycoswarmd.engines.peerline import leave
 from mycoswarmd.engines.slots import Slots
 from mycoswarmd.engines.upstream import Exchange, Patience
 from mycoswarmd.errors import (

@@ -46,7 +46,7 @@ from mycoswarmd.core.roster import (
 from mycoswarmd.core.roster.statements import MAX_QUIET_STATEMENTS, RESERVED_BYTES, RESERVED_STATEMENTS
 from mycoswarmd.core.words import six_words
 from mycoswarmd.daemon import backup
-from mycoswarmd.engines import peerhttp
+from mycoswarmd.engines import peeranswer, peerline
 from mycoswarmd.fleet import fleet, hints, link
 from mycoswarmd.flow import enrol as flow_enrol
 from mycoswarmd.flow import swarmexchange as flow_exchange
@@ -260,7 +260,7 @@ def word() -> peer.Word:
     )
 
 
-PROBES = {name: value for level, name, value in peerhttp._PROBES if level == socket.IPPROTO_TCP}
+PROBES = {name: value for level, name, value in peerline.PROBES if level == socket.IPPROTO_TCP}
 # Numbers that the page gives, by the words that stand before them there.
 NUMBERS = {
     "statement.bytes": MAX_BODY_BYTES,
@@ -277,7 +277,7 @@ NUMBERS = {
     "invite.failures": flow_enrol.MAX_FAILURES,
     "invite.open": flow_enrol.MAX_OPEN,
     "invite.longest_s": flow_enrol.MAX_TTL_S,
-    "answer.bytes": peerhttp.MAX_ANSWER_BYTES,
+    "answer.bytes": peeranswer.MAX_ANSWER_BYTES,
     "word.bytes": peer.MAX_WORD_BYTES,
     "word.models": peer.MAX_MODELS,
     "word.beacons": peer.MAX_BEACONS,
@@ -297,9 +297,9 @@ NUMBERS = {
     "probe.every_s": PROBES[socket.TCP_KEEPINTVL],
     "probe.given_up_s": PROBES[socket.TCP_KEEPIDLE]
     + PROBES[socket.TCP_KEEPINTVL] * PROBES[socket.TCP_KEEPCNT],
-    "unacknowledged_s": peerhttp._UNHEARD_MS / 1000,
+    "unacknowledged_s": peerline.UNHEARD_MS / 1000,
     "idle.server_s": lines.KEEPALIVE_S,
-    "idle.client_s": peerhttp._KEEPALIVE_S,
+    "idle.client_s": peerline.KEEPALIVE_S,
     "boot.restored": backup.RESTORED_BOOTS,
     "hints": hints.MAX_HINTS,
     "hints.addresses": hints.MAX_PROVED + hints.MAX_UNPROVED,

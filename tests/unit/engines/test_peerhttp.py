@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import pytest
 
-from mycoswarmd.engines import peerhttp
-from mycoswarmd.engines.peerhttp import MemberClient, PeerHttp, parse_refusal
+from mycoswarmd.engines import peeranswer, peerhttp, peerline
+from mycoswarmd.engines.peeranswer import parse_refusal
+from mycoswarmd.engines.peerhttp import MemberClient, PeerHttp
 from mycoswarmd.errors import (
     BadRequest,
     Conflict,
@@ -208,7 +209,7 @@ def test_what_is_said_in_a_refusal_is_harmless() -> None:
 
 
 async def test_an_answer_is_bounded_in_size_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peerhttp, "MAX_ANSWER_BYTES", 1 << 20)
+    monkeypatch.setattr(peeranswer, "MAX_ANSWER_BYTES", 1 << 20)
     sent = 0
 
     async def endless(turn: Turn) -> None:
@@ -306,7 +307,7 @@ async def test_the_living_address_is_found_among_dead_ones() -> None:
     ):
         begun_s = asyncio.get_running_loop().time()
         await one.ask("GET", "/swarm/word")
-        assert asyncio.get_running_loop().time() - begun_s < peerhttp._CONNECT_S
+        assert asyncio.get_running_loop().time() - begun_s < peerline.CONNECT_S
         assert one.remote_address() == address_of(fake)
         assert impostor.turns == []
         # from now on it is the first
