@@ -323,7 +323,7 @@ async def test_answers_that_nobody_takes_fill_their_room_and_no_more(
         begun = [await begun_answer(stack, node) for _ in range(4)]
         assert begun.count(b"503") == (2 if each_bytes == 24 << 20 else 0), begun
     # Who takes none of it is left, and there is room again.
-    monkeypatch.setattr(app, "_READER_S", 1.0)
+    monkeypatch.setattr("mycoswarmd.api.answer._READER_S", 1.0)
     async with running_api(routes=routes) as node, AsyncExitStack() as stack:
         begun = [await begun_answer(stack, node) for _ in range(2)]
         async with asyncio.timeout(_WAIT_S):
