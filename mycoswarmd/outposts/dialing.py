@@ -37,7 +37,8 @@ from mycoswarmd.wire.dial import (
 )
 from mycoswarmd.wire.proof import Proof, Unit
 
-_LISTEN_S = 5.0
+# Its first answer comes once systemd has started it, on a small machine that boots.
+_LISTEN_S = 30.0
 # The dialer serves 64 at once. Dead addresses of members cannot take the last ones: engines need them.
 _AT_ONCE = 48
 # More than are ever due, so that surplus ones are seen and closed.

@@ -61,8 +61,8 @@ _FIRST_FD = 3
 # From netdevice(7): the index of an interface.
 _SIOCGIFINDEX = 0x8933
 _BACKLOG = 128
-# The core sends its packet at once.
-_PACKET_S = 2.0
+# The core sends its packet at once, unless it is stopped for a moment, as a busy machine may do.
+_PACKET_S = 10.0
 _TIRED_S = 0.1
 # Of refusals that are logged, each once.
 _REASONS = 256
