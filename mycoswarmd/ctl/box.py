@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MAX_BYTES = 1 << 20
-_PROGRAM_S = 5.0
+_PROGRAM_S = 10.0
 # landlock_create_ruleset has this number on every architecture; with flag 1 it only says its ABI.
 _LANDLOCK_CREATE_RULESET = 444
 

@@ -18,7 +18,8 @@ _ASKED = (
     *("LoadState", "ActiveState", "SubState", "Result", "NRestarts", "StatusText", "ExecMainStatus"),
     "ActiveExitTimestampMonotonic",
 )
-_ANSWER_S = 5
+# systemd is slow to answer while a small machine boots, which is when it is asked.
+_ANSWER_S = 30
 _TEXT_CHARS = 600
 # A node that was killed comes back in a second or two; one that is killed again and again does not. Restarts
 # are counted since somebody started it, weeks maybe: they say nothing alone.

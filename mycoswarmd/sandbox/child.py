@@ -19,8 +19,8 @@ from pathlib import Path
 
 from mycoswarmd.errors import CageNotUp
 
-# How long bubblewrap has to name its init or to collect it; it needs a millisecond.
-COLLECT_S = 1.0
+# How long bubblewrap has to name its init or to collect it: a millisecond, once it gets a processor.
+COLLECT_S = 10.0
 
 
 class Child:

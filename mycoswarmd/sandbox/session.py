@@ -15,7 +15,7 @@ from mycoswarmd.wire.frames import HEADER, Frame, FrameType, decode_frame, decod
 # Proving takes a few milliseconds; a Pi under load gets this long.
 PROOF_S = 20.0
 # After the socket closes, what is left of a cage has this long to say how it ended.
-LAST_WORDS_S = 0.5
+LAST_WORDS_S = 5.0
 # What a person needs of bubblewrap's last words, and what an agent may write before nobody listens.
 ERRORS_TAIL_BYTES = 2000
 ERRORS_BYTES = 1 << 20
