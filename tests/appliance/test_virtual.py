@@ -324,9 +324,6 @@ def test_a_core_that_takes_too_much_memory_loses_nothing(debian12: VirtualMachin
     assert property_of(debian12, "MainPID", *BESIDE) == beside and len(beside) == len(BESIDE)
     go_on(debian12)
     wait_all_succeeded(debian12, tasks)
-    debian12.sh("rm -r /run/systemd/system/mycoswarmd.service.d; systemctl daemon-reload")
-    debian12.sh("systemctl restart mycoswarmd")
-    wait_ready(debian12)
 
 
 def test_a_fork_bomb_in_a_cage_is_bounded_and_the_node_goes_on(debian12: VirtualMachine) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from mycoswarmd.api.control import explain
 from mycoswarmd.core.types import Principal, Start, Zone
-from mycoswarmd.engines import peerhttp
+from mycoswarmd.engines import peerline
 from mycoswarmd.engines.upstream import Patience
 from mycoswarmd.errors import Denied, EngineError, LocalProtocolError, MycoswarmError, NotFound, Unavailable
 from mycoswarmd.flow.prompt import Speaker
@@ -86,7 +86,7 @@ SENDS_ALL = HOME.replace('label = { max = "private" }\n', "")
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ends are in this process: what holds it up is no sign that nobody is there."""
-    monkeypatch.setattr(peerhttp, "_CONNECT_S", 30.0)
+    monkeypatch.setattr(peerline, "CONNECT_S", 30.0)
 
 
 @pytest.fixture

@@ -2,13 +2,19 @@
 
 import pytest
 
-from mycoswarmd.engines import peerhttp, upstream
+from mycoswarmd.engines import peeranswer, peerhttp, peerline, upstream
 
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_CONNECT_S", "_WATCH_HEAD_S", "_EARLY_S", "_KNOCK_S", "_ERROR_S"):
-        monkeypatch.setattr(peerhttp, name, 60.0)
+    for module, name in (
+        (peerhttp, "_WATCH_HEAD_S"),
+        (peerhttp, "_EARLY_S"),
+        (peerhttp, "_KNOCK_S"),
+        (peerline, "CONNECT_S"),
+        (peeranswer, "_ERROR_S"),
+    ):
+        monkeypatch.setattr(module, name, 60.0)
     monkeypatch.setattr(peerhttp.MemberClient.ask, "__kwdefaults__", {"within_s": 60.0})
     # How long a connection is kept for another request.
     monkeypatch.setattr(upstream, "_KEEPALIVE_S", 60.0)
