@@ -8,6 +8,7 @@ Cages are opened by the tests' own user, and, where that is root, also by an unp
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -178,7 +179,7 @@ def facts(place: Path) -> Iterator[Facts]:
         "datagram_path": socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
         "tcp": socket.socket(socket.AF_INET),
     }
-    abstract = f"\0mycoswarm-escape-{os.getpid()}"
+    abstract = f"\0mycoswarm-escape-{secrets.token_hex(8)}"
     found: Facts = {
         "unix_path": str(place / "stream"),
         "unix_abstract": abstract,
