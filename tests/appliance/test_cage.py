@@ -280,6 +280,7 @@ for _ in range(4):
         time.sleep(600)
 for _ in range(8):
     os.read(ready, 1)
+time.sleep(0.3)
 result = os.getuid()
 """
 # An agent that goes on whatever its connection does, and says so only to those that look at its user.
@@ -319,8 +320,12 @@ def test_an_agent_that_hangs_is_ended_by_its_guard_and_by_nobody_without_one(box
     unguarded = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); "
     box.add_unit("mycoswarm-unguarded", scripted(SERVICE).replace(guard, unguarded))
     box.machine.sh("systemctl daemon-reload; systemctl start mycoswarm-unguarded.socket")
-    wall = {"wall_s": 1}
-    assert box.scripted(do="ends", code=DEAF, limits=wall)["code"] == "cage-timeout"
+    found: Facts = {}
+    for wall_s in (1, 5, 20):  # a cage may end by itself on a busy machine, and not each time
+        found = box.scripted(do="ends", code=DEAF, limits={"wall_s": wall_s})
+        if found["code"] == "cage-timeout":
+            break
+    assert found["code"] == "cage-timeout"
     box.machine.wait_until("! pgrep -f [/]agent/task | grep -q .")
     request = {"do": "hold", "socket": "/run/mycoswarm-outposts/unguarded.sock", "code": CHILDREN}
     with box.machine.start("python3", "-B", f"{PLACE}/cage_driver.py", json.dumps(request)) as node:
